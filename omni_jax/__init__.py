@@ -1,0 +1,128 @@
+"""A small language model and its toolkit in functional JAX (Flax NNX); the twin of omni_torch, complete without it.
+
+Example:
+
+    import numpy as np
+    from omni_jax import ThinkerConfig, ThinkerLM
+
+    config = ThinkerConfig(vocab_size=101, n_layers=2, d_model=32, n_heads=4, d_ff=64)
+    model = ThinkerLM.from_config(config)
+    model.eval()
+    logits = model(np.array([[1, 5, 9]]))
+"""
+
+from __future__ import annotations
+
+from .attention import (
+    CausalSelfAttention,
+    attend,
+    default_positions,
+    make_attention_mask,
+)
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    LoadReport,
+    export_weights,
+    load_checkpoint,
+    load_report,
+    load_weights,
+    save_checkpoint,
+)
+from .config import (
+    BOS_ID,
+    EOS_ID,
+    PAD_ID,
+    ConfigReport,
+    ThinkerConfig,
+    read_config,
+)
+from .init import (
+    bias_default,
+    embedding_default,
+    fan_in_fan_out,
+    init_linear,
+    kaiming_uniform,
+    linear_default,
+    xavier_uniform,
+)
+from .layers import (
+    GELUMLP,
+    MoE,
+    RMSNorm,
+    SwiGLU,
+    TokenEmbedding,
+    TokenIdError,
+    apply_rope,
+    check_token_ids,
+    rope_frequencies,
+)
+from .losses import (
+    cross_entropy,
+    next_token_loss,
+)
+from .optim import (
+    AdamWState,
+    adamw_step,
+    clip_grad_norm,
+    global_norm,
+    init_adamw_state,
+    warmup_cosine,
+)
+from .thinker import (
+    Block,
+    ThinkerLM,
+    num_parameters,
+)
+from .tokenizer import (
+    BPETokenizer,
+)
+
+__all__ = [
+    "PAD_ID",
+    "BOS_ID",
+    "EOS_ID",
+    "ThinkerConfig",
+    "ConfigReport",
+    "read_config",
+    "TokenIdError",
+    "check_token_ids",
+    "TokenEmbedding",
+    "RMSNorm",
+    "rope_frequencies",
+    "apply_rope",
+    "SwiGLU",
+    "GELUMLP",
+    "MoE",
+    "make_attention_mask",
+    "default_positions",
+    "attend",
+    "CausalSelfAttention",
+    "Block",
+    "ThinkerLM",
+    "num_parameters",
+    "cross_entropy",
+    "next_token_loss",
+    "AdamWState",
+    "init_adamw_state",
+    "adamw_step",
+    "global_norm",
+    "clip_grad_norm",
+    "warmup_cosine",
+    "fan_in_fan_out",
+    "xavier_uniform",
+    "kaiming_uniform",
+    "init_linear",
+    "linear_default",
+    "bias_default",
+    "embedding_default",
+    "CheckpointError",
+    "Checkpoint",
+    "LoadReport",
+    "load_checkpoint",
+    "load_report",
+    "load_weights",
+    "export_weights",
+    "save_checkpoint",
+    "BPETokenizer",
+]

@@ -1,0 +1,254 @@
+"""AdamW from scratch, clipping by global norm, and the warm-up + cosine schedule, as pure functions over pytrees.
+
+Everything can be jitted, and params and state can be donated:
+
+    step = jax.jit(adamw_step, static_argnames=("betas", "eps", "weight_decay"), donate_argnames=("params", "state"))
+
+Arithmetic runs in promote_types(dtype, float32) and is rounded once into storage: float16 alone would turn eps = 1e-8
+into zero, and the update of a zero gradient into 0/0. What depends on values (NaN in a gradient) cannot raise inside a
+compiled program: it shows in the norm that `clip_grad_norm` returns.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+__all__ = [
+    "AdamWState",
+    "init_adamw_state",
+    "adamw_step",
+    "global_norm",
+    "clip_grad_norm",
+    "warmup_cosine",
+]
+
+Tree = TypeVar("Tree")
+
+# What torch.nn.utils.clip_grad_norm_ adds to the norm before it divides; optax.clip_by_global_norm adds nothing.
+_CLIP_EPS = 1e-6
+
+
+class AdamWState(NamedTuple):
+    """AdamW's memory of a tree of parameters.
+
+    m: first moments, v: second moments (both trees like the parameters'); t: number of updates made, int32.
+    """
+
+    m: Any
+    v: Any
+    t: Int[Array, ""]
+
+
+def init_adamw_state(params: Any) -> AdamWState:
+    """Zero moments like every leaf of `params` and t = 0.
+
+    Raises ValueError if a leaf is not of a real floating dtype.
+    """
+    _check_floating("params", params)
+    # Two separate trees: donating one buffer twice is an error.
+    return AdamWState(
+        m=jax.tree.map(jnp.zeros_like, params),
+        v=jax.tree.map(jnp.zeros_like, params),
+        t=jnp.zeros((), jnp.int32),
+    )
+
+
+def adamw_step(
+    params: Tree,
+    grads: Tree,
+    state: AdamWState,
+    lr: ArrayLike,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> tuple[Tree, AdamWState]:
+    """One AdamW update of a tree of parameters (a single array is a tree too): (new params, new state).
+
+        t ← t + 1
+        m ← β₁·m + (1 − β₁)·g          m̂ = m / (1 − β₁ᵗ)
+        v ← β₂·v + (1 − β₂)·g²         v̂ = v / (1 − β₂ᵗ)
+        p ← p − lr·(m̂ / (√v̂ + eps) + weight_decay·p)
+
+    The decay is decoupled: it never enters the moments. `lr` may be traced; betas, eps and weight_decay are Python
+    numbers. NaN and Inf in a gradient go through: look at the gradients' norm before the update.
+
+    Raises ValueError, on the host, for leaves that are not floating point; for trees, shapes or dtypes that differ
+    between params, grads, m and v; for betas outside [0, 1); for an lr, eps or weight_decay that is negative or not
+    finite (an lr that is traced is not looked at).
+    Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
+    """
+    _check_hyperparameters(lr, betas, eps, weight_decay)
+    _check_floating("params", params)
+    for name, tree in (("grads", grads), ("state.m", state.m), ("state.v", state.v)):
+        _check_like_params(name, tree, params)
+    if not jnp.issubdtype(jnp.result_type(state.t), jnp.integer) or jnp.shape(state.t) != ():
+        raise ValueError(f"state.t must be an integer scalar (the number of updates made), got {state.t!r}")
+    beta1, beta2 = betas
+    t = state.t + 1
+    # One correction per working dtype, shared by all leaves.
+    wides = {_wide(p.dtype) for p in jax.tree.leaves(params)}
+    corrections = {wide: (_bias_correction(beta1, t, wide), _bias_correction(beta2, t, wide)) for wide in wides}
+
+    def update(p: Array, g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
+        dtype, wide = p.dtype, _wide(p.dtype)
+        correction1, correction2 = corrections[wide]
+        p, g, m, v = p.astype(wide), g.astype(wide), m.astype(wide), v.astype(wide)
+        m = beta1 * m + (1.0 - beta1) * g
+        v = beta2 * v + (1.0 - beta2) * (g * g)
+        direction = (m / correction1) / (jnp.sqrt(v / correction2) + eps) + weight_decay * p
+        p = p - jnp.asarray(lr, wide) * direction
+        return p.astype(dtype), m.astype(dtype), v.astype(dtype)
+
+    leaves, treedef = jax.tree.flatten(params)
+    rest = (jax.tree.leaves(tree) for tree in (grads, state.m, state.v))
+    updated = [update(*leaf) for leaf in zip(leaves, *rest, strict=True)]
+    new_p, new_m, new_v = (treedef.unflatten([row[i] for row in updated]) for i in range(3))
+    return new_p, AdamWState(m=new_m, v=new_v, t=t)
+
+
+def global_norm(grads: Any) -> Float[Array, ""]:
+    """√Σ g² over all elements of all leaves, in the widest of their dtypes and float32; 0 for an empty tree.
+
+    Raises ValueError for a leaf that is not floating point.
+    """
+    _check_floating("grads", grads)
+    leaves = jax.tree.leaves(grads)
+    wide = reduce(_wider, (g.dtype for g in leaves), jnp.dtype(jnp.float32))
+    return jnp.sqrt(sum((jnp.sum(jnp.square(g.astype(wide))) for g in leaves), start=jnp.zeros((), wide)))
+
+
+def clip_grad_norm(grads: Tree, max_norm: float) -> tuple[Tree, Float[Array, ""]]:
+    """(gradients scaled so that their global norm is at most `max_norm`, the norm before).
+
+        g ← g · min(1, max_norm / (norm + 1e-6))
+
+    torch's form: the 1e-6 stands beside the norm (optax.clip_by_global_norm has none). A NaN or Inf gradient makes NaN
+    of what it touches and shows in the returned norm.
+
+    Raises ValueError for a max_norm that is not above 0 and for a leaf that is not floating point.
+    """
+    _check_max_norm(max_norm)
+    norm = global_norm(grads)
+    scale = jnp.minimum(max_norm / (norm + _CLIP_EPS), 1.0)  # minimum hands NaN on
+
+    def scaled(g: Array) -> Array:
+        wide = _wide(g.dtype)
+        return (g.astype(wide) * scale.astype(wide)).astype(g.dtype)
+
+    return jax.tree.map(scaled, grads), norm
+
+
+def warmup_cosine(
+    step: int | Int[ArrayLike, ""], warmup_steps: int, max_steps: int, min_ratio: float = 0.1
+) -> Float[Array, ""]:
+    """Factor on the learning rate at `step` (the number of updates made before): linear warm-up, then a half cosine.
+
+        step < warmup_steps:   step / warmup_steps                        (so the very first factor is 0)
+        after that:            min_ratio + (1 − min_ratio)·(1 + cos(π·progress)) / 2
+                               progress = (step − warmup_steps) / (max_steps − warmup_steps), at most 1
+
+    Exactly 1 at step = warmup_steps and exactly min_ratio from max_steps on. A scalar of JAX's default float dtype;
+    `step` may be traced, the rest are Python numbers.
+
+    Raises ValueError for a step that is not an integer scalar or (as a Python number) negative, for a negative
+    warmup_steps, for max_steps ≤ warmup_steps, for min_ratio outside [0, 1].
+    Source: Loshchilov & Hutter, SGDR, arXiv 1608.03983, equation 5 (one period, no restart), with a linear start.
+    """
+    _check_schedule(warmup_steps, max_steps, min_ratio)
+    if not isinstance(step, jax.Array):
+        step = _check_step(step)
+    step = jnp.asarray(step)
+    if not jnp.issubdtype(step.dtype, jnp.integer) or step.ndim:
+        raise ValueError(f"step must be an integer scalar, got {step.dtype} of shape {step.shape}")
+    dtype = jnp.result_type(float)  # float32, or float64 under x64
+    warm = step.astype(dtype) / max(warmup_steps, 1)
+    # (1 + cos π·progress) / 2 = sin²(π/2·left), where nothing cancels as the cosine nears its end. The difference is
+    # taken in integers, where it is exact.
+    left = jnp.clip(max_steps - step, 0, max_steps - warmup_steps).astype(dtype) / (max_steps - warmup_steps)
+    share = jnp.square(jnp.sin(0.5 * math.pi * left))
+    return jnp.where(step < warmup_steps, warm, share + (1.0 - share) * min_ratio)
+
+
+def _bias_correction(beta: float, t: Int[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
+    """1 − βᵗ to the last bits: as a difference it is 1.3e-5 off in float32 at t = 1. log β is taken on the host."""
+    if beta == 0.0:
+        return jnp.ones((), dtype)
+    return -jnp.expm1(t.astype(dtype) * math.log(beta))
+
+
+def _wide(dtype: Any) -> jnp.dtype:
+    """promote_types(dtype, float32), which strict dtype promotion refuses to say for bfloat16."""
+    return _wider(jnp.dtype(jnp.float32), dtype)
+
+
+def _wider(a: jnp.dtype, b: Any) -> jnp.dtype:
+    return jnp.dtype(b) if jnp.finfo(b).bits > jnp.finfo(a).bits else a
+
+
+def _check_floating(name: str, tree: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        where = name + jax.tree_util.keystr(path)
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(f"{where} must be an array, got {type(leaf).__name__}")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{where} must have a real floating dtype (float32, float64, ...), got {leaf.dtype}")
+
+
+def _check_like_params(name: str, tree: Any, params: Any) -> None:
+    ours, theirs = jax.tree.structure(tree), jax.tree.structure(params)
+    if ours != theirs:
+        raise ValueError(f"{name} must have the tree structure of params, {theirs}, got {ours}")
+    _check_floating(name, tree)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(params), strict=True)
+    for (path, leaf), p in pairs:
+        for what in ("shape", "dtype"):
+            mine, wanted = getattr(leaf, what), getattr(p, what)
+            if mine != wanted:
+                where = jax.tree_util.keystr(path)
+                raise ValueError(f"{name}{where} must have the {what} of params{where}, {wanted}, got {mine}")
+
+
+def _check_hyperparameters(lr: ArrayLike, betas: Sequence[float], eps: float, weight_decay: float) -> None:
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    named = [("eps", eps), ("weight_decay", weight_decay)]
+    if jnp.ndim(lr):
+        raise ValueError(f"lr must be a scalar, got shape {jnp.shape(lr)}")
+    if isinstance(lr, (int, float)):
+        named.insert(0, ("lr", lr))
+    for name, value in named:
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"{name} must be finite and ≥ 0, got {value!r}")
+
+
+def _check_max_norm(max_norm: float) -> None:
+    if not max_norm > 0.0:  # NaN fails too
+        raise ValueError(f"max_norm must be > 0 (inf only measures the norm), got {max_norm!r}")
+
+
+def _check_schedule(warmup_steps: int, max_steps: int, min_ratio: float) -> None:
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be ≥ 0, got {warmup_steps}")
+    if max_steps <= warmup_steps:
+        raise ValueError(f"max_steps must be above warmup_steps ({warmup_steps}), got {max_steps}")
+    if not 0.0 <= min_ratio <= 1.0:
+        raise ValueError(f"min_ratio must be in [0, 1], got {min_ratio!r}")
+
+
+def _check_step(step: Any) -> int:
+    try:
+        step = operator.index(step)
+    except TypeError:
+        raise ValueError(f"step must be an integer scalar, got {step!r}") from None
+    if step < 0:
+        raise ValueError(f"step counts the updates made so far and must be ≥ 0, got {step}")
+    return step

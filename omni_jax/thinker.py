@@ -1,0 +1,259 @@
+"""ThinkerLM, the decoder-only language model.
+
+Shapes: B batch, T time, D model, F feed-forward, V vocabulary, E experts, H heads, K key/value heads, C = d/2 channel
+pairs of RoPE.
+
+Everything that computes is functional: `graphdef, params, rest = nnx.split(model, nnx.Param, ...)` once, then jax.jit
+and jax.grad over plain trees, with nnx.merge(graphdef, params, rest) inside. `rest` is dropout's random state, and
+empty at dropout 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from .attention import CausalSelfAttention, default_positions, make_attention_mask
+from .config import ThinkerConfig
+from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, linear, make_dropout, rope_frequencies
+
+__all__ = ["Block", "ThinkerLM", "num_parameters"]
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: x ← x + drop(attn(norm1(x))); x ← x + drop(mlp(norm2(x))).
+
+    With config.use_moe the second branch is `moe` instead of `mlp`. The outputs of the branches and of the block are
+    named in the trace, `name`.attn, `name`.mlp (or .moe) and `name`, the dotted paths of the modules they come from.
+
+    Source: Xiong et al., On Layer Normalization in the Transformer Architecture, arXiv 2002.04745, figure 1 (b).
+    """
+
+    def __init__(
+        self,
+        config: ThinkerConfig,
+        name: str = "block",
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ) -> None:
+        kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.name = name
+        self.norm1 = RMSNorm(config.d_model, **kinds)
+        self.attn = CausalSelfAttention(
+            config.d_model, config.n_heads, config.dropout, config.use_gqa, config.kv_groups, **kinds
+        )
+        self.norm2 = RMSNorm(config.d_model, **kinds)
+        self.use_moe = config.use_moe
+        if config.use_moe:
+            self.moe = MoE(
+                config.d_model, config.d_ff, config.num_experts, config.num_experts_per_tok, config.use_swiglu, **kinds
+            )
+        else:
+            self.mlp = (SwiGLU if config.use_swiglu else GELUMLP)(config.d_model, config.d_ff, **kinds)
+        self.drop = make_dropout(config.dropout, rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        cos_BTC: Float[Array, "#B T C"],
+        sin_BTC: Float[Array, "#B T C"],
+        mask_BTS: Bool[Array, "#B T T"],
+    ) -> Float[Array, "B T D"]:
+        y_BTD = self.attn(self.norm1(x_BTD), cos_BTC, sin_BTC, mask_BTS)
+        x_BTD = x_BTD + self.drop(checkpoint_name(y_BTD, f"{self.name}.attn"))
+        branch, feed_forward = ("moe", self.moe) if self.use_moe else ("mlp", self.mlp)
+        y_BTD = feed_forward(self.norm2(x_BTD))
+        x_BTD = x_BTD + self.drop(checkpoint_name(y_BTD, f"{self.name}.{branch}"))
+        return checkpoint_name(x_BTD, self.name)
+
+
+class ThinkerLM(nnx.Module):
+    """Decoder-only language model: embeddings, blocks with RoPE attention, norm, linear head (not tied).
+
+    The arguments are ThinkerConfig's fields; `config` keeps them. Weights start from torch's default initialisation:
+    Linear U(±1/√fan_in), Embedding N(0, 1), norms 1; `from_config` draws them much faster. A new model is in
+    training mode, as its torch twin is: call `model.eval()` before inference, or dropout is on.
+
+    `dtype` is the compute dtype, None for the parameters' own; `param_dtype` is what the parameters are stored in.
+
+    Raises:
+        ValueError: what ThinkerConfig refuses.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_layers: int,
+        d_model: int,
+        n_heads: int,
+        d_ff: int,
+        dropout: float = 0.1,
+        rope_theta: float = 10000.0,
+        ctx_len: int = 512,
+        use_gqa: bool = False,
+        kv_groups: int | None = None,
+        use_swiglu: bool = True,
+        use_moe: bool = False,
+        num_experts: int = 8,
+        num_experts_per_tok: int = 2,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ) -> None:
+        config = ThinkerConfig(
+            vocab_size,
+            n_layers,
+            d_model,
+            n_heads,
+            d_ff,
+            dropout,
+            rope_theta,
+            ctx_len,
+            use_gqa,
+            kv_groups,
+            use_swiglu,
+            use_moe,
+            num_experts,
+            num_experts_per_tok,
+        )
+        kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        self.dtype = dtype
+        self.tok_emb = TokenEmbedding(config.vocab_size, config.d_model, **kinds)
+        self.blocks = nnx.List([Block(config, f"blocks.{i}", **kinds) for i in range(config.n_layers)])
+        self.norm = RMSNorm(config.d_model, **kinds)
+        self.lm_head = linear(config.d_model, config.vocab_size, **kinds)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ThinkerConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ) -> ThinkerLM:
+        """The model that `config` describes, with fresh weights, cheaply: nothing is compiled.
+
+        The weights follow the constructor's distributions, but are drawn by numpy, seeded from rngs.params(): they are
+        other numbers than the constructor's. Inside a trace this is the constructor. `rngs` defaults to nnx.Rngs(0).
+        """
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        key = rngs.params()
+        if isinstance(key, Tracer):
+            return cls(**config.to_dict(), rngs=rngs, **kinds)
+        shapes = nnx.eval_shape(lambda: cls(**config.to_dict(), rngs=nnx.Rngs(0), **kinds))
+        graphdef, state = nnx.split(shapes)
+        return nnx.merge(graphdef, _draw(state, key, rngs))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"] | None = None,
+        *,
+        embeddings: Float[Array, "B T D"] | None = None,
+        attention_mask: Bool[Array, "B T"] | Bool[Array, "B T T"] | None = None,
+        positions: Int[Array, "B T"] | Int[Array, " T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits for the token after each position.
+
+        Takes token ids, or instead embeddings (B, T, D), which stand for the output of `tok_emb`. `attention_mask` is
+        True where a key may be seen, always combined with the causal mask. `positions` default to the number of kept
+        tokens before each token; given ones may lie beyond ctx_len.
+
+        Raises:
+            ValueError: both or neither of tokens and embeddings; wrong rank, width, dtype or mask shape; more tokens
+                than ctx_len without positions.
+            TokenIdError: a token id out of range (inside jit: a row of NaN).
+        """
+        x_BTD = self._embed(tokens, embeddings)
+        B, T, _ = x_BTD.shape
+        mask_BTS = make_attention_mask(B, T, attention_mask)
+        positions_BT = self._positions(B, T, attention_mask, positions)
+        config = self.config
+        cos_BTC, sin_BTC = rope_frequencies(positions_BT, config.head_dim, config.rope_theta, x_BTD.dtype)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, cos_BTC, sin_BTC, mask_BTS)
+        return self.lm_head(checkpoint_name(self.norm(x_BTD), "norm"))
+
+    def _embed(self, tokens: Any, embeddings: Any) -> Array:
+        if (tokens is None) == (embeddings is None):
+            given = "neither" if tokens is None else "both"
+            raise ValueError(
+                f"tokens and embeddings: got {given}, must be exactly one; pass model(tokens) or embeddings="
+            )
+        if tokens is not None:
+            _check_rank("tokens", tokens, "(B, T)")
+            return checkpoint_name(self.tok_emb(tokens), "tok_emb")
+        _check_rank("embeddings", embeddings, "(B, T, D)")
+        if embeddings.shape[-1] != self.config.d_model or not jnp.issubdtype(embeddings.dtype, jnp.floating):
+            raise ValueError(
+                f"embeddings have shape {tuple(embeddings.shape)} and dtype {embeddings.dtype}: must be "
+                f"floating point with last axis d_model={self.config.d_model}; project them to d_model first"
+            )
+        return jnp.asarray(embeddings, self.tok_emb.embedding.dtype if self.dtype is None else self.dtype)
+
+    def _positions(self, B: int, T: int, attention_mask: Any, positions: Any) -> Array:
+        if positions is None:
+            if self.config.ctx_len < T:
+                raise ValueError(
+                    f"the input has {T} tokens, allowed are up to ctx_len={self.config.ctx_len}; cut it, or pass "
+                    "positions= to go beyond what the model was trained for"
+                )
+            return default_positions(T, attention_mask)
+        if tuple(positions.shape) not in ((T,), (1, T), (B, T)) or not jnp.issubdtype(positions.dtype, jnp.integer):
+            raise ValueError(
+                f"positions have shape {tuple(positions.shape)} and dtype {positions.dtype}: must be integers "
+                f"of shape {(T,)} or {(B, T)}; give one position per token"
+            )
+        positions = jnp.asarray(positions)
+        return positions if positions.ndim == 2 else positions[None]
+
+
+def num_parameters(model: nnx.Module) -> int:
+    """Number of numbers in all parameters of `model`."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _draw(state: nnx.State, key: Array, rngs: nnx.Rngs) -> nnx.State:
+    """Values for a state of shapes: torch's default initialisation (see init.py), and fresh streams for dropout."""
+    host = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    flat = nnx.to_flat_state(state)
+    fan_in = {path[:-1]: leaf.shape[0] for path, leaf in flat if path[-1] == "kernel"}
+    for path, leaf in flat:
+        if isinstance(leaf, nnx.RngKey):
+            leaf.set_value(rngs.dropout())
+            continue
+        if isinstance(leaf, nnx.RngCount):
+            leaf.set_value(jnp.zeros(leaf.shape, leaf.dtype))
+            continue
+        wide = np.float64 if leaf.dtype == jnp.float64 else np.float32
+        if path[-1] in ("kernel", "bias"):
+            bound = 1.0 / math.sqrt(fan_in[path[:-1]])
+            x = (2.0 * host.random(leaf.shape, wide) - 1.0) * bound
+        elif path[-1] == "embedding":
+            x = host.standard_normal(leaf.shape, wide)
+        else:
+            assert path[-1] == "scale", path
+            x = np.ones(leaf.shape, wide)
+        leaf.set_value(jnp.asarray(x, leaf.dtype))
+    return nnx.from_flat_state(flat)
+
+
+def _check_rank(name: str, x: Any, shape: str) -> None:
+    if x.ndim != shape.count(",") + 1 or 0 in x.shape:
+        raise ValueError(
+            f"{name} have shape {tuple(x.shape)}: must be {shape} with at least one entry on each axis; "
+            f"add the missing axis, for example {name}[None]"
+        )

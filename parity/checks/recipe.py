@@ -1,0 +1,191 @@
+"""The training recipe: clipping by global norm, warm-up and cosine schedule, AdamW; every step's learning rate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from parity.checks import Progress, Scope
+from parity.result import CheckResult, Control
+
+__all__ = ["BLIND", "CLAIM", "CONTROLS", "RECIPE", "problem", "run"]
+
+CLAIM = (
+    "Both twins clip the same gradients to the same values, take the same learning rate at every step from 0 to beyond "
+    "the last one, and move every parameter by the same displacement, as a third implementation in extended precision "
+    "does."
+)
+BLIND = "Gradients of a model (they are given here; the gradients check has them); accumulation; other schedules."
+CONTROLS = {
+    "no update": "zeros in place of each tensor",
+    "sign flipped": "each tensor with its sign flipped",
+    "clip without 1e-6": "optax's clipping, which divides by the norm alone (goodfire-ai/spd#643)",
+    "schedule one step on": "the learning rate of the next step (torchtitan#1010)",
+    "decay_steps with warm-up": "the cosine counted over max_steps instead of max_steps - warm-up (optax#835)",
+}
+RECIPE = {"lr": 1e-2, "warmup_steps": 3, "max_steps": 10, "max_norm": 1.0}
+MIN_RATIO, BETAS, EPS, DECAY = 0.1, (0.9, 0.999), 1e-8, 0.1
+STEPS = 12
+"""Two beyond max_steps."""
+PRECISIONS = ("float64", "float32")
+
+
+def problem(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(parameters, gradients (STEPS, *shape)), float32; norms on both sides of max_norm, one step of tiny gradients."""
+    rng = np.random.default_rng([seed, 13])
+    shapes = {"matrix": (19, 12), "bias": (12,), "scalar": ()}
+    start = {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in shapes.items()}
+    size = np.array([0.03, 1.0, 0.01, 3.0, 0.05, 1e-5, 0.02, 0.5, 0.04, 10.0, 0.02, 0.2])
+    grads = {
+        k: np.asarray(size.reshape(-1, *[1] * len(s)) * rng.standard_normal((STEPS, *s)), np.float32)
+        for k, s in shapes.items()
+    }
+    return start, grads
+
+
+def run(scope: Scope, progress: Progress) -> CheckResult:
+    """Judge both twins against the oracle in float64 and float32."""
+    from parity import oracle
+    from parity.checks.adamw import _merge
+    from parity.judge import Judge
+    from parity.precision import resolve_device
+
+    started = time.perf_counter()
+    result = CheckResult("recipe")
+    start, grads = problem(scope.seed)
+    names = list(start)
+    devices = resolve_device(scope.device)
+    judge = Judge(_pair(names, start), draws=scope.draws, seed=scope.seed, devices=devices, device=scope.device)
+    by_step = [{k: g[i] for k, g in grads.items()} for i in range(STEPS)]
+    states, rates, norms = oracle.recipe(
+        start, by_step, **RECIPE, min_ratio=MIN_RATIO, betas=BETAS, eps=EPS, weight_decay=DECAY
+    )
+    clipped = [oracle.clip(g, RECIPE["max_norm"])[0] for g in by_step]
+    truth = _outputs(names, rates, norms, clipped, [state.p for state in states])
+    origin = {f"{k}: displacement": np.broadcast_to(v, (STEPS, *v.shape)).astype(np.float64) for k, v in start.items()}
+    precisions = [p for p in PRECISIONS if p in scope.precisions]
+    inputs = tuple(grads[k] for k in names)
+    for done, precision in enumerate(precisions):
+        progress(done, len(precisions), precision)
+        findings = judge(start, inputs, precision, oracle=_stack(truth), origin=origin)
+        result.rows += findings.rows("recipe", "recipe", "synthetic gradients")
+        if scope.controls:
+            result.controls += _controls(findings, by_step, rates, precision)
+    progress(1, 1, "")
+    if not precisions:
+        result.error = f"recipe looks at {' and '.join(PRECISIONS)} only; ask for one of them with --precision"
+    result.controls = _merge(result.controls)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _outputs(names: Sequence[str], rates: Any, norms: Any, clipped: Any, params: Any) -> dict[str, Any]:
+    """One name for each thing that is compared; the lists run over the steps."""
+    return {
+        "learning rate": rates,
+        "gradient norm": norms,
+        **{f"{k}: clipped gradient": [c[k] for c in clipped] for k in names},
+        **{f"{k}: displacement": [p[k] for p in params] for k in names},
+    }
+
+
+def _stack(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {k: np.asarray(np.stack([np.asarray(x) for x in v]), np.float64) for k, v in outputs.items()}
+
+
+def _pair(names: Sequence[str], start: Mapping[str, np.ndarray]):
+    from parity.pair import Pair
+    from parity.weights import Link
+
+    return Pair(
+        jax=lambda params, *grads: _jax_steps(params, dict(zip(names, grads))),
+        torch=lambda params, *grads: _torch_steps(params, dict(zip(names, grads))),
+        template=dict(start),
+        links=[Link(name, name) for name in names],
+        name="recipe",
+    )
+
+
+def _jax_steps(params: Any, grads: Any) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    from omni_jax.optim import adamw_step, clip_grad_norm, init_adamw_state, warmup_cosine
+
+    def body(carry, xs):
+        (p, state), (step, grad) = carry, xs
+        grad, norm = clip_grad_norm(grad, RECIPE["max_norm"])
+        lr = RECIPE["lr"] * warmup_cosine(step, RECIPE["warmup_steps"], RECIPE["max_steps"], MIN_RATIO)
+        p, state = adamw_step(p, grad, state, lr, betas=BETAS, eps=EPS, weight_decay=DECAY)
+        return (p, state), (lr, norm, grad, p)
+
+    steps = jnp.arange(STEPS, dtype=jnp.int32)
+    _, (rates, norms, clipped, moved) = jax.lax.scan(body, (params, init_adamw_state(params)), (steps, grads))
+    rows = lambda tree: [{k: v[i] for k, v in tree.items()} for i in range(STEPS)]  # noqa: E731
+    named = _outputs(list(params), list(rates), list(norms), rows(clipped), rows(moved))
+    return {k: jnp.stack(v) for k, v in named.items()}
+
+
+def _torch_steps(params: Any, grads: Any) -> dict[str, Any]:
+    import torch
+
+    from omni_torch.optim import adamw_step_many_, clip_grad_norm_, init_adamw_state, warmup_cosine
+
+    p = [params[k].detach().clone() for k in params]
+    states = [init_adamw_state(x) for x in p]
+    rates, norms, clipped, moved = [], [], [], []
+    for step in range(STEPS):
+        grad = [grads[k][step].clone() for k in params]
+        norms.append(clip_grad_norm_(grad, RECIPE["max_norm"]))
+        lr = RECIPE["lr"] * warmup_cosine(step, RECIPE["warmup_steps"], RECIPE["max_steps"], MIN_RATIO)
+        states = adamw_step_many_(p, grad, states, lr, betas=BETAS, eps=EPS, weight_decay=DECAY)
+        rates.append(torch.tensor(lr, dtype=p[0].dtype, device=p[0].device))
+        clipped.append(dict(zip(params, grad)))
+        moved.append({k: x.clone() for k, x in zip(params, p)})
+    return {k: torch.stack(v) for k, v in _outputs(list(params), rates, norms, clipped, moved).items()}
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+
+def _controls(findings, by_step, rates, precision: str) -> list[Control]:
+    from parity import oracle
+    from parity.precision import unit_roundoff
+    from parity.verdict import Verdict, measure, subtract
+
+    base, warm, last = RECIPE["lr"], RECIPE["warmup_steps"], RECIPE["max_steps"]
+    bare = [float(min(1.0, RECIPE["max_norm"] / oracle.global_norm(g))) for g in by_step]
+    long = [
+        oracle.factor(s, warm, last, MIN_RATIO) if s < warm else oracle.factor(s, 0, last, MIN_RATIO)
+        for s in range(STEPS)
+    ]
+    wrongs: dict[str, dict[str, Any]] = {
+        "clip without 1e-6": {
+            f"{k}: clipped gradient": np.stack([np.asarray(g[k], np.float64) * c for g, c in zip(by_step, bare)])
+            for k in by_step[0]
+        },
+        "schedule one step on": {
+            "learning rate": np.array([float(base * oracle.factor(s + 1, warm, last, MIN_RATIO)) for s in range(STEPS)])
+        },
+        "decay_steps with warm-up": {"learning rate": np.array([float(base * x) for x in long])},
+    }
+    live = {k: v for k, v in findings.outputs.items() if v.verdict is not Verdict.UNDETERMINED}
+    wrongs["no update"] = {k: np.zeros_like(findings.values[k][2]) for k in live}
+    wrongs["sign flipped"] = {k: -findings.values[k][2] for k in live}
+    controls = []
+    for name, tensors in wrongs.items():
+        # 1e-6 beside a norm near 1 is 17 float32 units; clipping where the norm is larger is fainter: float64's matter.
+        passed = []
+        for key, wrong in tensors.items():
+            _, _, reference, noise = findings.values[key]
+            if measure(subtract(wrong, reference), noise.sigma * unit_roundoff(precision), noise.dof).excess <= 1.0:
+                passed.append(key)
+        if name == "clip without 1e-6" and precision == "float32":
+            continue
+        words = f"{precision}: rejected on {len(tensors) - len(passed)} of {len(tensors)} tensors"
+        words += f"; passed on {', '.join(passed)}" if passed else ""
+        controls.append(Control(name, rejected=not passed and bool(tensors), evidence=words))
+    return controls

@@ -1,0 +1,1 @@
+"""Reports: each reads the one result object and writes it for somebody else. No framework here."""

@@ -1,0 +1,22 @@
+"""Strict settings for every test: they live here, never in the product's code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Two cores: a fixed thread count keeps sums in one order, so a rerun prints the same figures.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def pytest_configure(config) -> None:
+    try:
+        import jax
+    except ImportError:  # the torch-only environment of `make isolation` runs tests/torch without JAX
+        return
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Compiled programs may be cached between runs; results never are.
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,327 @@
+"""AdamW, clipping and the schedule of omni_jax, against the formulas worked in extended precision."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from omni_jax.optim import AdamWState, adamw_step, clip_grad_norm, global_norm, init_adamw_state, warmup_cosine
+
+SHAPES = [(), (0,), (1,), (5,), (3, 4), (2, 3, 2)]
+HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+# One update is a dozen roundings; the moments' errors are averages of those of the steps before.
+ROUNDINGS_PER_STEP = 16
+
+jitted = jax.jit(adamw_step, static_argnames=("betas", "eps", "weight_decay"))
+
+
+def tree_of(dtype, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {f"p{i}": jnp.asarray(scale * np.asarray(rng.normal(size=s)), dtype) for i, s in enumerate(SHAPES)}
+
+
+def extended_adamw(p, grads, lr, betas, eps, weight_decay):
+    """The formulas as they stand, in numpy's widest float."""
+    p = p.astype(np.longdouble)
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    beta1, beta2 = (np.longdouble(beta) for beta in betas)
+    for t, g in enumerate(grads, start=1):
+        g = g.astype(np.longdouble)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        p = p - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * p)
+    return p, m, v
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_adamw_follows_its_formula(x64, scale):
+    with jax.enable_x64(x64):
+        dtype = jnp.float64 if x64 else jnp.float32
+        start = params = tree_of(dtype)
+        grads = [tree_of(dtype, seed, scale) for seed in range(1, 11)]
+        state = init_adamw_state(params)
+        u = float(jnp.finfo(dtype).eps)
+        for steps, grad in enumerate(grads, start=1):
+            params, state = jitted(params, grad, state, **HYPER)
+            if steps not in (1, 10):
+                continue
+            for name, p in params.items():
+                before = np.asarray(start[name])
+                want_p, want_m, want_v = extended_adamw(before, [np.asarray(g[name]) for g in grads[:steps]], **HYPER)
+                bound = u * steps * (ROUNDINGS_PER_STEP * HYPER["lr"] * (steps**0.5 + 1) + np.abs(before) + 1)
+                assert p.dtype == state.m[name].dtype == state.v[name].dtype == dtype
+                assert np.all(np.abs(np.asarray(p) - want_p) <= bound)
+                assert np.all(np.abs(np.asarray(state.m[name]) - want_m) <= u * ROUNDINGS_PER_STEP * scale * 8)
+                assert np.all(np.abs(np.asarray(state.v[name]) - want_v) <= u * ROUNDINGS_PER_STEP * np.abs(want_v))
+            assert state.t.dtype == jnp.int32
+            assert int(state.t) == steps
+
+
+def test_the_bias_correction_keeps_its_digits_in_float32():
+    # For a constant gradient m̂/√v̂ is its sign at every t; 1 − β₂ᵗ as a float32 difference is 1.3e-5 off at t = 1.
+    grad = jnp.asarray([0.3, 1.7, -2.3, 11.0])
+    params = jnp.zeros(4)
+    state = init_adamw_state(params)
+    for _ in range(5):
+        before = params
+        params, state = jitted(before, grad, state, 1.0, weight_decay=0.0)
+        moved = np.abs(np.asarray(before, np.float64) - np.asarray(params, np.float64))
+        bound = 8 * float(jnp.finfo(jnp.float32).eps) * max(1.0, float(jnp.abs(params).max()))
+        assert np.abs(moved - 1).max() <= bound
+
+
+def test_zero_betas_make_a_plain_sign_step():
+    params = jnp.zeros(3)
+    state = init_adamw_state(params)
+    for _ in range(3):
+        params, state = adamw_step(params, jnp.asarray([1.0, -1.0, 2.0]), state, 1.0, (0.0, 0.0), 0.0, 0.0)
+    assert params.tolist() == [-3.0, 3.0, -3.0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_computed_in_float32_and_rounded_once(dtype):
+    p, grad = jnp.asarray([1.0, -2.0], dtype), jnp.asarray([0.0, 3.0], dtype)
+    wide = p.astype(jnp.float32)
+    half, state = adamw_step(p, grad, init_adamw_state(p), **HYPER)
+    full, _ = adamw_step(wide, grad.astype(jnp.float32), init_adamw_state(wide), **HYPER)
+    assert state.m.dtype == state.v.dtype == half.dtype == dtype
+    assert jnp.array_equal(half, full.astype(dtype))  # eps = 1e-8 alone would be 0 in float16, and 0/0 the result
+
+
+def test_pure_jittable_and_compiled_once():
+    params, grads = tree_of(jnp.float32), tree_of(jnp.float32, 1)
+    kept = jax.tree.map(np.array, params)
+    traces = []
+
+    @jax.jit
+    def step(params, grads, state, lr):
+        traces.append(None)
+        return adamw_step(params, grads, state, lr, weight_decay=0.1)
+
+    state = init_adamw_state(params)
+    once, state1 = step(params, grads, state, 1e-2)
+    step(once, grads, state1, 5e-3)
+    step(once, grads, state1, jnp.float32(5e-3))
+    assert len(traces) <= 2  # a Python lr is weakly typed, an array is not; t and the value of lr never retrace
+    assert jax.tree.all(jax.tree.map(np.array_equal, kept, jax.tree.map(np.array, params)))
+    assert int(state.t) == 0
+
+
+def test_params_and_state_can_be_donated():
+    params, grads = tree_of(jnp.float32), tree_of(jnp.float32, 1)
+    want, _ = jitted(params, grads, init_adamw_state(params), **HYPER)
+    step = jax.jit(
+        adamw_step, static_argnames=("betas", "eps", "weight_decay"), donate_argnames=("params", "state")
+    )  # an unusable donation is a warning, and warnings are errors here
+    state = init_adamw_state(params)
+    got, _ = step(params, grads, state, **HYPER)
+    assert params["p4"].is_deleted()
+    assert state.m["p4"].is_deleted()
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, want))
+
+
+def float_dtypes(jaxpr):
+    found = set()
+    for eqn in jaxpr.eqns:
+        for var in eqn.outvars:
+            if jnp.issubdtype(var.aval.dtype, jnp.floating):
+                found.add(str(var.aval.dtype))
+        for value in eqn.params.values():
+            if hasattr(value, "jaxpr"):
+                found |= float_dtypes(value.jaxpr)
+    return found
+
+
+def test_nothing_but_float64_in_a_float64_run():
+    with jax.enable_x64(True):
+        params = tree_of(jnp.float64)
+
+        def recipe(params, grads, state):
+            grads, norm = clip_grad_norm(grads, 1.0)
+            params, state = adamw_step(params, grads, state, 1e-2 * warmup_cosine(state.t, 2, 10), weight_decay=0.1)
+            return params, state, norm
+
+        jaxpr = jax.make_jaxpr(recipe)(params, params, init_adamw_state(params))
+    assert float_dtypes(jaxpr.jaxpr) == {"float64"}
+
+
+def test_trees_of_mixed_dtypes_keep_each_leafs_dtype():
+    with jax.enable_x64(True):
+        params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.float32), "c": jnp.ones(2, jnp.float64)}
+        grads, norm = clip_grad_norm(params, 1.0)
+        new, state = adamw_step(params, grads, init_adamw_state(params), **HYPER)
+        assert norm.dtype == jnp.float64
+        for name, p in params.items():
+            assert grads[name].dtype == new[name].dtype == state.m[name].dtype == state.v[name].dtype == p.dtype
+
+
+def test_an_nnx_state_is_a_tree_too():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    x = jnp.ones((4, 3))
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x) ** 2))(params)
+        return adamw_step(params, grads, state, 1e-2)
+
+    new, state = step(params, init_adamw_state(params))
+    assert jax.tree.structure(new) == jax.tree.structure(params) == jax.tree.structure(state.m)
+    assert nnx.merge(graphdef, new)(x).shape == (4, 2)
+
+
+def test_a_frozen_part_is_a_missing_leaf():
+    params = {"a": jnp.ones(2), "frozen": None}
+    new, state = adamw_step(params, {"a": jnp.ones(2), "frozen": None}, init_adamw_state(params), 0.1)
+    assert new["frozen"] is None
+    assert state.m["frozen"] is None
+
+
+def test_signature():
+    names = ["params", "grads", "state", "lr", "betas", "eps", "weight_decay"]
+    parameters = inspect.signature(adamw_step).parameters
+    assert list(parameters) == names
+    assert [parameters[n].default for n in names[4:]] == [(0.9, 0.999), 1e-8, 0.01]
+    assert AdamWState._fields == ("m", "v", "t")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"betas": (1.0, 0.999)}, "betas"),
+        ({"betas": (0.9, -0.1)}, "betas"),
+        ({"betas": (0.9, math.nan)}, "betas"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"lr": -1e-3}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"lr": math.inf}, "lr"),
+        ({"lr": jnp.ones(3)}, "lr must be a scalar"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"grads": {"w": jnp.zeros(2)}}, r"grads\['w'\] must have the shape"),
+        ({"grads": {"w": jnp.zeros(3, jnp.bfloat16)}}, r"grads\['w'\] must have the dtype"),
+        ({"grads": {"w": jnp.zeros(3, jnp.int32)}}, "real floating dtype"),
+        ({"grads": {"v": jnp.zeros(3)}}, "grads must have the tree structure"),
+        ({"grads": {"w": None}}, "grads must have the tree structure"),
+        ({"grads": {"w": 1.0}}, "must be an array"),
+        ({"params": {"w": jnp.zeros(3, jnp.int32)}}, r"params\['w'\] must have a real floating dtype"),
+        ({"params": {"w": jnp.zeros(3, jnp.complex64)}}, "real floating dtype"),
+        (
+            {"state": AdamWState({"w": jnp.zeros(3)}, {"w": jnp.zeros(4)}, jnp.int32(0))},
+            r"state.v\['w'\] must have the shape",
+        ),
+        ({"state": AdamWState({}, {"w": jnp.zeros(3)}, jnp.int32(0))}, "state.m must have the tree structure"),
+        ({"state": AdamWState({"w": jnp.zeros(3)}, {"w": jnp.zeros(3)}, jnp.float32(0))}, "state.t"),
+    ],
+)
+def test_bad_arguments_are_refused_on_the_host(change, message):
+    params = {"w": jnp.ones(3)}
+    arguments = {"params": params, "grads": {"w": jnp.ones(3)}, "state": init_adamw_state(params), **HYPER, **change}
+    with pytest.raises(ValueError, match=message):
+        adamw_step(**arguments)
+
+
+def test_state_of_integers_is_refused():
+    with pytest.raises(ValueError, match="real floating dtype"):
+        init_adamw_state({"w": jnp.zeros(3, jnp.int32)})
+
+
+def test_nan_goes_through_and_shows():
+    grads, norm = clip_grad_norm({"a": jnp.asarray([1.0, jnp.nan]), "b": jnp.ones(2)}, 1.0)
+    assert math.isnan(float(norm))
+    assert bool(jnp.isnan(grads["b"]).all())
+
+
+def test_global_norm():
+    assert float(global_norm([jnp.asarray([3.0, 0.0]), jnp.asarray(4.0), jnp.zeros(0)])) == 5.0
+    assert float(global_norm([])) == 0.0
+    norm = global_norm(jnp.ones(100_000, jnp.bfloat16))  # bfloat16 sums would stop at 256
+    assert norm.dtype == jnp.float32
+    assert abs(float(norm) - math.sqrt(100_000)) <= 8 * float(jnp.finfo(jnp.float32).eps) * math.sqrt(100_000)
+    with pytest.raises(ValueError, match="grads"):
+        global_norm({"a": jnp.ones(2, jnp.int32)})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_clipping_scales_to_the_norm_in_torchs_form(dtype):
+    with jax.enable_x64(True):
+        grads = {"a": jnp.asarray([3.0, 0.0], dtype), "b": jnp.asarray([[4.0]], dtype)}
+        clipped, norm = clip_grad_norm(grads, 1.0)
+        assert float(norm) == 5.0
+        want = 3.0 / (5.0 + 1e-6)
+        got = float(clipped["a"][0])
+        assert clipped["a"].dtype == dtype
+        assert abs(got - want) <= 4 * float(jnp.finfo(dtype).eps) * want
+        if dtype == jnp.float64:  # the 1e-6 is there
+            assert abs(got - 0.6) > 1e-7
+
+
+def test_clipping_below_the_limit_changes_no_bit():
+    grads = {"a": jnp.asarray([0.3, -0.4])}
+    for limit in (1.0, math.inf):
+        clipped, _ = clip_grad_norm(grads, limit)
+        assert jnp.array_equal(clipped["a"], grads["a"])
+    for limit in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="max_norm"):
+            clip_grad_norm(grads, limit)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_schedule_every_step(x64):
+    warmup, end, low = 4, 20, 0.1
+    with jax.enable_x64(x64):
+        schedule = jax.jit(partial(warmup_cosine, warmup_steps=warmup, max_steps=end, min_ratio=low))
+        values = [schedule(jnp.int32(step)) for step in range(26)]
+        assert all(v.dtype == (jnp.float64 if x64 else jnp.float32) for v in values)
+        eps = float(jnp.finfo(values[0].dtype).eps)
+        exact_low = float(jnp.asarray(low, values[0].dtype))
+    factors = [float(v) for v in values]
+    assert factors[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert set(factors[20:]) == {exact_low}
+    for step in range(warmup, end):
+        cosine = math.cos(math.pi * (step - warmup) / (end - warmup))
+        want = low + (1 - low) * 0.5 * (1 + cosine)
+        assert abs(factors[step] - want) <= 4 * eps * want
+    assert np.all(np.diff(factors[4:21]) < 0)
+
+
+def test_schedule_takes_python_ints_and_keeps_its_digits_near_the_end():
+    assert float(warmup_cosine(0, 0, 3)) == 1.0
+    assert float(warmup_cosine(3, 0, 3, 0.0)) == 0.0
+    tiny = float(warmup_cosine(10**8 - 1, 0, 10**8, 0.0))  # float32 alone cannot tell these two counts apart
+    assert abs(tiny / (math.pi / 2 * 1e-8) ** 2 - 1) <= 8 * float(jnp.finfo(jnp.float32).eps)
+    for low in (0.0, 0.25, 1.0):
+        assert float(warmup_cosine(7, 7, 9, low)) == 1.0
+        assert float(warmup_cosine(9, 7, 9, low)) == low
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 2, 10), "step counts"),
+        ((1.5, 2, 10), "integer scalar"),
+        ((np.float32(1), 2, 10), "integer scalar"),
+        ((0, -1, 10), "warmup_steps"),
+        ((0, 10, 10), "max_steps"),
+        ((0, 2, 10, 1.5), "min_ratio"),
+        ((0, 2, 10, math.nan), "min_ratio"),
+    ],
+)
+def test_schedule_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        warmup_cosine(*arguments)
+
+
+def test_schedule_refuses_float_and_array_steps():
+    for step in (jnp.float32(1.0), jnp.arange(3)):
+        with pytest.raises(ValueError, match="integer scalar"):
+            warmup_cosine(step, 2, 10)

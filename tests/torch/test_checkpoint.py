@@ -1,0 +1,492 @@
+"""omni_torch.checkpoint: every format of the family in and out, bit for bit, and every refusal with its message."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import omni_torch.files as files  # noqa: E402
+from omni_torch.checkpoint import (  # noqa: E402
+    Checkpoint,
+    CheckpointError,
+    export_weights,
+    load_checkpoint,
+    load_report,
+    load_weights,
+    save_checkpoint,
+)
+from omni_torch.thinker import ThinkerLM  # noqa: E402
+
+PT = runpy.run_path(str(Path(__file__).parent.parent / "pt_files.py"))
+ATTACKS = PT["attacks"]("canary-of-the-attacks")
+SIZE = dict(vocab_size=11, n_layers=2, d_model=8, n_heads=4, d_ff=12, dropout=0.0, rope_theta=1e4, ctx_len=8)
+KINDS = {
+    "mha": {},
+    "gqa": {"use_gqa": True},
+    "gelu": {"use_swiglu": False},
+    "moe": {"use_moe": True, "num_experts": 3},
+}
+
+
+def make_model(seed=0, **more):
+    torch.manual_seed(seed)
+    return ThinkerLM(**(SIZE | more))
+
+
+def same(a, b):
+    """Equal in structure, types, dtypes, shapes and bits."""
+    if isinstance(a, torch.Tensor):
+        return (
+            isinstance(b, torch.Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.contiguous().reshape(-1).view(torch.uint8).equal(b.contiguous().reshape(-1).view(torch.uint8))
+        )
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A full checkpoint as the family's trainer writes it, after warm-up: lr is a tensor, AdamW has its moments."""
+    model = make_model(use_gqa=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(3e-4), weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+    for _ in range(3):
+        model(torch.randint(3, 11, (2, 5))).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 3},
+        "step": 3,
+        "best_val_loss": math.inf,
+    }
+
+
+def test_full_is_bit_equal_to_what_torch_saved(tmp_path, trained):
+    torch.save(trained, tmp_path / "full.pt")
+    got = load_checkpoint(tmp_path / "full.pt")
+    assert got.kind == "full"
+    assert got.step == 3
+    assert got.best_val_loss == math.inf
+    assert not got.renamed
+    assert not got.ignored
+    for part in ("model", "optimizer", "scheduler", "scaler"):
+        assert same(dict(trained[part]), dict(getattr(got, part))), part
+    assert isinstance(got.optimizer["param_groups"][0]["lr"], torch.Tensor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_legacy_loads_into_the_model(tmp_path, kind):
+    source, target = make_model(0, **KINDS[kind]), make_model(1, **KINDS[kind])
+    torch.save(source.state_dict(), tmp_path / "legacy.pt")
+    got = load_checkpoint(tmp_path / "legacy.pt")
+    assert got.kind == "legacy"
+    assert (got.optimizer, got.scheduler, got.scaler, got.step, got.best_val_loss) == (None,) * 5
+    assert load_weights(target, got) is target
+    assert same(dict(source.state_dict()), dict(target.state_dict()))
+    report = load_report(target, got)
+    assert report.fits
+    assert sorted(report.loaded) == sorted(source.state_dict())
+
+
+def test_odd_tensors_keep_every_bit(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    state = {
+        "bf16": torch.tensor([1.0, -0.0, 3.0e38, 1e-40], dtype=torch.bfloat16),
+        "f16": torch.randn(3, dtype=torch.float16),
+        "f64": torch.randn(2, 2, dtype=torch.float64),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "bf16_scalar": torch.tensor(1.5, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 3),
+        "nothing": torch.zeros(0, dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False]),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "column": base[:, 2:4],
+        "turned": base.T,
+        "diagonal": base[:4, :4].diagonal(),
+        "last": base[-1],
+        "whole": base,
+    }
+    torch.save(state, tmp_path / "a.pt")
+    got = load_checkpoint(tmp_path / "a.pt").model
+    assert same(state, got)
+    for name in ("b.pt", "b.safetensors"):
+        save_checkpoint(tmp_path / name, model=got, step=5, best_val_loss=0.25)
+        again = load_checkpoint(tmp_path / name)
+        assert same(state, {key: again.model[key] for key in state})
+        assert (again.step, again.best_val_loss) == (5, 0.25)
+    assert same({key: state[key] for key in state}, torch.load(tmp_path / "b.pt", weights_only=True)["model"])
+
+
+@pytest.mark.parametrize("how", ["prefix", "infix", "both"])
+def test_names_of_compiled_models(tmp_path, how):
+    model = make_model()
+    rename = {
+        "prefix": lambda key: f"_orig_mod.{key}",
+        "infix": lambda key: key.replace(".attn.", "._orig_mod.attn."),
+        "both": lambda key: f"_orig_mod.{key}".replace(".attn.", ".attn._orig_mod."),
+    }[how]
+    torch.save({"model": OrderedDict((rename(k), v) for k, v in model.state_dict().items())}, tmp_path / "c.pt")
+    got = load_checkpoint(tmp_path / "c.pt")
+    assert same(dict(model.state_dict()), got.model)
+    assert got.renamed == {rename(key): key for key in model.state_dict() if rename(key) != key}
+
+
+def test_names_that_collide_are_refused(tmp_path):
+    torch.save({"norm.weight": torch.ones(2), "_orig_mod.norm.weight": torch.ones(2)}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"both mean 'norm\.weight'"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_split_attention_is_joined_for_the_model(tmp_path):
+    source, target = make_model(0), make_model(1)
+    state = {}
+    for key, value in source.state_dict().items():
+        if ".qkv." in key:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                state[key.replace("qkv", part)] = rows
+        else:
+            state[key] = value
+    torch.save(state, tmp_path / "split.pt")
+    got = load_checkpoint(tmp_path / "split.pt")
+    assert "blocks.0.attn.q.weight" in got.model
+    load_weights(target, got)
+    assert same(dict(source.state_dict()), dict(target.state_dict()))
+    assert load_report(target, got).renamed["blocks.1.attn.k.weight"] == "blocks.1.attn.qkv.weight"
+    # A GQA model with as many groups as heads takes the same file as it is, and the fused file in thirds.
+    for state in (got.model, source.state_dict()):
+        grouped = make_model(2, use_gqa=True, kv_groups=4)
+        load_weights(grouped, state)
+        assert same(dict(grouped.state_dict()), {key: got.model[key] for key in grouped.state_dict()})
+
+
+def test_safetensors_with_prefixes(tmp_path):
+    import safetensors.torch
+
+    model = make_model()
+    parts = {f"thinker.{key}": value for key, value in model.state_dict().items()}
+    parts |= {"audio_encoder.proj.weight": torch.ones(2), "ocr.x": torch.ones(1), "proj_a.bias": torch.ones(3)}
+    safetensors.torch.save_file(parts, tmp_path / "model.safetensors", {"format": "pt"})
+    got = load_checkpoint(tmp_path / "model.safetensors")
+    assert got.kind == "safetensors"
+    assert sorted(got.ignored) == ["audio_encoder.proj.weight", "ocr.x", "proj_a.bias"]
+    assert same(dict(model.state_dict()), {key: got.model[key] for key in model.state_dict()})
+    report = load_report(make_model(1), got)
+    assert report.fits
+    assert sorted(report.ignored) == sorted(got.ignored)
+    assert report.renamed["thinker.norm.weight"] == "norm.weight"
+    parts["talker_x.weight"] = torch.ones(1)  # no rule knows it
+    safetensors.torch.save_file(parts, tmp_path / "model.safetensors")
+    assert load_report(model, load_checkpoint(tmp_path / "model.safetensors")).unexpected == ("talker_x.weight",)
+    safetensors.torch.save_file({"ocr.x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no weights of ThinkerLM"):
+        load_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_multimodal_dict(tmp_path):
+    model = make_model()
+    torch.save(
+        {"thinker": model.state_dict(), "proj_a": {"weight": torch.ones(2)}, "proj_v": {}, "step": 9}, tmp_path / "m.pt"
+    )
+    got = load_checkpoint(tmp_path / "m.pt")
+    assert sorted(got.ignored) == ["proj_a", "proj_v"]
+    assert got.step == 9
+    assert same(dict(model.state_dict()), got.model)
+
+
+WRONG_FILES = {
+    "empty": (b"", "is empty"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+    "html": (b"\n<!DOCTYPE html><html></html>", "web page"),
+    "text": (b"hello world, this is no checkpoint", "neither a torch.save file nor safetensors"),
+    "pickle": (b"\x80\x02}q\x00.", "bare pickle"),
+    "zip of nothing": (PT["pack"]([("readme.txt", b"x")]), "does not belong"),
+    "gzip": (b"\x1f\x8b\x08\x00", "compressed"),
+    "vision": (PT["archive"](b"\x80\x02}X\x03\x00\x00\x00vit}s.", {}), "vision checkpoint"),
+    "audio": (PT["archive"](b"\x80\x02}X\x03\x00\x00\x00enc}s.", {}), "audio checkpoint"),
+    "list": (PT["archive"](b"\x80\x02].", {}), "not a dict"),
+    "no weights": (PT["archive"](b"\x80\x02}.", {}), "no model"),
+    "numbers": (PT["archive"](PT["model"](b"K\x01"), {}), "no model"),
+    "step": (PT["archive"](b"\x80\x02}(X\x05\x00\x00\x00model" + PT["model"](PT["tensor"]())[2:-1]
+             + b"X\x04\x00\x00\x00stepNX\x09\x00\x00\x00optimizerK\x01u."), "optimizer is a int"),
+    "header": (b"\x10\x00\x00\x00\x00\x00\x00\x00{xxxxxxxxxxxxxxx", "not JSON"),
+    "repeated": (b"\x12\x00\x00\x00\x00\x00\x00\x00" + b'{"a":1,"a":2}     ', "twice"),
+    "huge header": (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "header has"),
+    "cut header": (b"\xff\x00\x00\x00\x00\x00\x00\x00{", "cut off"),
+    "dtype": (b"\x40\x00\x00\x00\x00\x00\x00\x00"
+              + b'{"a":{"dtype":"F8_E5M2","shape":[1],"data_offsets":[0,1]}}'.ljust(64), "F8_E5M2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_wrong_files_get_their_own_message(tmp_path, name):
+    data, word = WRONG_FILES[name]
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match=word) as caught:
+        load_checkpoint(tmp_path / "x.pt")
+    assert "x.pt" in str(caught.value)
+
+
+def test_wrong_paths(tmp_path):
+    for path, word in (("nowhere.pt", "does not exist"), (".", "is a folder"), ("a\0b", "not a valid path")):
+        with pytest.raises(CheckpointError, match=word):
+            load_checkpoint(f"{tmp_path}/{path}")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_checkpoint(tmp_path / "pipe")
+
+
+def test_truncated_anywhere(tmp_path, trained):
+    torch.save(trained, tmp_path / "full.pt")
+    data = (tmp_path / "full.pt").read_bytes()
+    for size in [*range(1, 70), *range(70, len(data), len(data) // 40), len(data) - 1]:
+        (tmp_path / "cut.pt").write_bytes(data[:size])
+        with pytest.raises(CheckpointError):
+            load_checkpoint(tmp_path / "cut.pt")
+
+
+def test_misfits_are_listed_at_once_and_nothing_changes():
+    model = make_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = dict(make_model(1).state_dict())
+    del state["norm.weight"]
+    state["blocks.9.norm1.weight"] = torch.ones(8)
+    state["lm_head.weight"] = torch.ones(12, 8)
+    state["tok_emb.weight"] = state["tok_emb.weight"].half()
+    state["blocks.0.norm1.weight"] = torch.full((8,), math.nan)
+    state["blocks.1.norm1.weight"] = torch.full((8,), math.inf)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(model, state)
+    for word in (
+        "missing: norm.weight",
+        "unexpected: blocks.9.norm1.weight",
+        "lm_head.weight has shape (12, 8), and the model's lm_head.weight has (11, 8)",
+        "tok_emb.weight has dtype float16, and the model's is float32",
+        "blocks.0.norm1.weight holds NaN or Inf in 8 of 8 values",
+        "blocks.1.norm1.weight holds NaN or Inf",
+        "What to do",
+    ):
+        assert word in str(caught.value)
+    assert same(before, dict(model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "advice"),
+    [("mha", "gqa", "use_gqa=False"), ("gqa", "mha", "use_gqa=True"), ("moe", "mha", "use_moe=True"),
+     ("gelu", "mha", "use_swiglu=False"), ("mha", "gelu", "use_swiglu=True")],
+)  # fmt: skip
+def test_another_architecture_gets_advice(file, model, advice):
+    with pytest.raises(CheckpointError, match=advice):
+        load_weights(make_model(**KINDS[model]), make_model(**KINDS[file]).state_dict())
+
+
+def test_foreign_architecture():
+    with pytest.raises(CheckpointError, match="another architecture"):
+        load_weights(make_model(), {"transformer.h.0.ln.weight": torch.ones(3)})
+
+
+def test_bfloat16_model_takes_a_bfloat16_file(tmp_path):
+    source, target = make_model(0).to(torch.bfloat16), make_model(1).to(torch.bfloat16)
+    save_checkpoint(tmp_path / "b.pt", model=source)
+    load_weights(target, load_checkpoint(tmp_path / "b.pt"))
+    assert same(export_weights(source), export_weights(target))
+    with pytest.raises(CheckpointError, match="convert the model"):
+        load_weights(make_model(), load_checkpoint(tmp_path / "b.pt"))
+
+
+def test_what_we_save_the_family_reads(tmp_path, trained):
+    save_checkpoint(tmp_path / "full.pt", **trained)
+    raw = torch.load(tmp_path / "full.pt", weights_only=True)
+    for key, value in trained.items():
+        assert same(dict(value) if isinstance(value, dict) else value, raw[key]), key
+    got = load_checkpoint(tmp_path / "full.pt")
+    assert got.step == 3
+    assert same(got.optimizer, trained["optimizer"])
+    with pytest.raises(CheckpointError, match="weights only"):
+        save_checkpoint(tmp_path / "x.safetensors", **trained)
+
+
+def test_objects_are_saved_by_their_state(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(tmp_path / "a.pt", model=model, optimizer=optimizer, step=1, best_val_loss=2.5)
+    assert load_checkpoint(tmp_path / "a.pt").optimizer == optimizer.state_dict()
+    for wrong in ({"optimizer": {"f": print}}, {"optimizer": {None: 1}}, {"step": -1}, {"best_val_loss": "low"}):
+        with pytest.raises(CheckpointError):
+            save_checkpoint(tmp_path / "a.pt", model=model, **wrong)
+    with pytest.raises(CheckpointError, match="folder"):
+        save_checkpoint(tmp_path / "no" / "a.pt", model=model)
+    with pytest.raises(CheckpointError, match="model must be"):
+        save_checkpoint(tmp_path / "a.pt", model={})
+    assert load_checkpoint(tmp_path / "a.pt").step == 1
+
+
+def test_a_view_does_not_drag_its_storage_along(tmp_path):
+    base = torch.zeros(1 << 18)
+    save_checkpoint(tmp_path / "a.pt", model={"w": base[:4]})
+    assert (tmp_path / "a.pt").stat().st_size < base.numel()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_disk_leaves_the_old_file(tmp_path, monkeypatch, number, call):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, model=make_model(0), step=1)
+    path.chmod(0o640)
+    old = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, call, fail)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            save_checkpoint(path, model=make_model(1), step=2)
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ["a.pt"]
+    save_checkpoint(path, model=make_model(1), step=2)
+    assert load_checkpoint(path).step == 2
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    """The writer is killed 12 times; the file that stands there is always one that it finished."""
+    code = (
+        "import runpy, sys\nwrite = runpy.run_path(sys.argv[1])['write_atomic']\n"
+        "for i in range(10**9):\n"
+        "    write(sys.argv[2], lambda f: [f.write(bytes([i % 251]) * 4096) for _ in range(64)])\n"
+    )
+    path, rng = tmp_path / "a.bin", random.Random(0)
+    for _ in range(12):
+        process = subprocess.Popen([sys.executable, "-S", "-c", code, files.__file__, str(path)])
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.03, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        data = path.read_bytes()
+        assert len(data) == 64 * 4096
+        assert len(set(data)) == 1
+        path.unlink()
+    files.write_atomic(path, lambda stream: None)
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_known_attacks_are_many():
+    assert len(ATTACKS) >= 25
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_known_attack_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    data, word = ATTACKS[name]
+    Path("attack.pt").write_bytes(data)
+    start = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint("attack.pt")
+    assert word in str(caught.value)
+    assert time.process_time() - start < 1
+    assert not Path("canary-of-the-attacks").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "mutate"),
+    [("full.pt", "byte_mutant"), ("full.pt", "structure_mutant"), ("weights.safetensors", "byte_mutant")],
+)
+def test_mutants_never_load_with_other_values(tmp_path, trained, name, mutate):
+    """300 mutants each: CheckpointError and nothing else, or exactly the values that were saved."""
+    if name == "full.pt":
+        save_checkpoint(tmp_path / name, **trained)
+    else:
+        save_checkpoint(tmp_path / name, model=trained["model"], step=3)
+    data, rng = (tmp_path / name).read_bytes(), random.Random(5)
+    good = load_checkpoint(tmp_path / name)
+    refused = 0
+    for _ in range(300):
+        (tmp_path / "mutant").write_bytes(PT[mutate](data, rng))
+        try:
+            got = load_checkpoint(tmp_path / "mutant")
+        except CheckpointError:
+            refused += 1
+        else:
+            for part in ("model", "optimizer", "scheduler", "scaler", "step", "best_val_loss"):
+                assert same(getattr(got, part), getattr(good, part)), part
+    assert refused > 200
+
+
+def test_torch_reading_something_else_is_noticed(tmp_path, monkeypatch):
+    """torch.load is believed only where it agrees with the strict reader, bit for bit."""
+    import omni_torch.pt_format as pt_format
+
+    state = {"a": torch.arange(6.0).reshape(2, 3), "e": torch.zeros(0)}
+    save_checkpoint(tmp_path / "a.pt", model=state, scheduler={"n": [1, 2.0, math.nan]})
+    load_checkpoint(tmp_path / "a.pt")
+
+    def spoil(change):
+        def load(*args, **kwargs):
+            tree = torch.serialization.load(*args, **kwargs)
+            change(tree)
+            return tree
+
+        return load
+
+    for change in (
+        lambda tree: tree["model"]["a"].view(-1)[5:].add_(1e-6),
+        lambda tree: tree["model"].update(a=tree["model"]["a"].clone()[:, :2]),
+        lambda tree: tree["model"].update(a=tree["model"]["a"].to(torch.float64)),
+        lambda tree: tree["model"].pop("e"),
+        lambda tree: tree["scheduler"]["n"].append(1),
+        lambda tree: tree.update(step=1),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(pt_format.torch, "load", spoil(change))
+            with pytest.raises(CheckpointError, match="reads other values"):
+                load_checkpoint(tmp_path / "a.pt")
+
+
+def test_environment_cannot_switch_the_safe_mode_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    (tmp_path / "a.pt").write_bytes(ATTACKS["os.system in the model"][0])
+    with pytest.raises(CheckpointError, match=r"os\.system"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_report_is_readable_and_a_checkpoint_is_frozen(tmp_path):
+    report = load_report(make_model(), {"norm.weight": torch.ones(8)})
+    assert "1 loaded, 0 renamed, 0 ignored by rule" in str(report)
+    checkpoint = Checkpoint({}, None, None, None, None, None, "legacy")
+    with pytest.raises(AttributeError):
+        checkpoint.step = 1  # type: ignore[misc]
+
+
+def test_metadata_of_our_safetensors(tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", model=make_model(), step=4)
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert set(header["__metadata__"]) == {"format", "step", "best_val_loss", "sha256"}
+    flipped = bytearray(raw)
+    flipped[-1] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(flipped)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load_checkpoint(tmp_path / "a.safetensors")

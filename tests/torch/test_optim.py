@@ -1,0 +1,317 @@
+"""AdamW, clipping and the schedule of omni_torch, against the formulas worked in extended precision."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from omni_torch.optim import (
+    AdamWState,
+    adamw_step_,
+    adamw_step_many_,
+    clip_grad_norm_,
+    global_norm,
+    init_adamw_state,
+    warmup_cosine,
+)
+
+SHAPES = [(), (0,), (1,), (5,), (3, 4), (2, 3, 2)]
+DTYPES = [torch.float32, torch.float64]
+HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+# One update is a dozen roundings; the moments' errors are averages of those of the steps before.
+ROUNDINGS_PER_STEP = 16
+
+
+def draws(shape, n, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return [scale * np.asarray(rng.normal(size=shape)) for _ in range(n)]
+
+
+def extended_adamw(p, grads, lr, betas, eps, weight_decay):
+    """The formulas as they stand, in numpy's widest float."""
+    p = p.astype(np.longdouble)
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    beta1, beta2 = (np.longdouble(beta) for beta in betas)
+    for t, g in enumerate(grads, start=1):
+        g = g.astype(np.longdouble)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        p = p - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * p)
+    return p, m, v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+@pytest.mark.parametrize("steps", [1, 10])
+def test_adamw_follows_its_formula(shape, dtype, scale, steps):
+    (start,), grads = draws(shape, 1), [torch.tensor(g, dtype=dtype) for g in draws(shape, steps, 1, scale)]
+    p = torch.tensor(start, dtype=dtype)
+    before = p.numpy().copy()
+    state = init_adamw_state(p)
+    for grad in grads:
+        state = adamw_step_(p, grad, state, **HYPER)
+    want_p, want_m, want_v = extended_adamw(before, [g.numpy() for g in grads], **HYPER)
+    u = torch.finfo(dtype).eps
+    # Each step moves a parameter by at most about lr·(√steps + decay), and p − update rounds at the size of p.
+    bound = u * steps * (ROUNDINGS_PER_STEP * HYPER["lr"] * (steps**0.5 + 1) + np.abs(before) + 1)
+    assert np.all(np.abs(p.numpy() - want_p) <= bound)
+    assert np.all(np.abs(state.m.numpy() - want_m) <= u * ROUNDINGS_PER_STEP * scale * 8)
+    assert np.all(np.abs(state.v.numpy() - want_v) <= u * ROUNDINGS_PER_STEP * np.abs(want_v))
+    assert state.t == steps
+
+
+def test_the_first_step_is_the_sign_of_the_gradient():
+    p = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    adamw_step_(p, torch.tensor([0.5, -4.0, 0.0], dtype=torch.float64), init_adamw_state(p), 0.1, weight_decay=0.0)
+    want = torch.tensor([1.0 - 0.1, -2.0 + 0.1, 3.0], dtype=torch.float64)
+    assert (p - want).abs().max() <= 0.1 * 1e-8 / 0.5 + torch.finfo(p.dtype).eps * 4
+
+
+def test_the_bias_correction_keeps_its_digits_in_float32():
+    # With m̂ = g and v̂ = g² the ratio is g / (|g| + eps) to a few roundings, at every t for a constant gradient.
+    p = torch.zeros(4)
+    grad = torch.tensor([0.3, 1.7, -2.3, 11.0])
+    state = init_adamw_state(p)
+    for _ in range(5):
+        before = p.clone()
+        adamw_step_(p, grad, state, 1.0, weight_decay=0.0)
+        moved = (before.double() - p.double()).abs()
+        assert (moved - 1).abs().max() <= 8 * torch.finfo(torch.float32).eps * max(1.0, float(p.abs().max()))
+
+
+def test_zero_betas_make_a_plain_sign_step():
+    p = torch.zeros(3, dtype=torch.float64)
+    state = init_adamw_state(p)
+    for _ in range(3):
+        adamw_step_(p, torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64), state, 1.0, (0.0, 0.0), 0.0, 0.0)
+    assert p.tolist() == [-3.0, 3.0, -3.0]
+
+
+def test_update_is_in_place_and_leaves_the_gradient_alone():
+    p = torch.nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    kept = grad.clone()
+    state = init_adamw_state(p)
+    addresses = [x.data_ptr() for x in (p, state.m, state.v)]
+    result = adamw_step_(p, grad, state, 1e-2)
+    assert result is state
+    assert [x.data_ptr() for x in (p, state.m, state.v)] == addresses
+    assert torch.equal(grad, kept)
+    assert p.requires_grad
+    assert p.is_leaf
+    assert not state.m.requires_grad
+    assert not state.v.requires_grad
+
+
+def test_a_learning_rate_from_a_checkpoint_may_be_a_tensor():
+    ends = []
+    for lr in (0.25, torch.tensor(0.25)):
+        p = torch.tensor([1.0, -2.0])
+        adamw_step_(p, torch.tensor([0.5, 0.25]), init_adamw_state(p), lr)  # type: ignore[arg-type]
+        ends.append(p)
+    assert torch.equal(*ends)
+
+
+def test_a_transposed_parameter_equals_its_contiguous_copy():
+    base = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    flat, turned = base.clone(), base.t().contiguous().t()
+    grad = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for p in (flat, turned):
+        adamw_step_(p, grad, init_adamw_state(p), **HYPER)
+    assert torch.equal(flat, turned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32_and_rounded_once(dtype):
+    p, grad = torch.tensor([1.0, -2.0], dtype=dtype), torch.tensor([0.0, 3.0], dtype=dtype)
+    wide = p.float()
+    adamw_step_(p, grad, init_adamw_state(p), **HYPER)
+    adamw_step_(wide, grad.float(), init_adamw_state(wide), **HYPER)
+    assert torch.equal(p, wide.to(dtype))  # eps = 1e-8 alone would be 0 in float16, and 0/0 the result
+
+
+def test_the_signatures_are_those_of_the_exercise():
+    step = ["p", "grad", "state", "lr", "betas", "eps", "weight_decay"]
+    many = ["params", "grads", "states", "lr", "betas", "eps", "weight_decay"]
+    for function, names in ((adamw_step_, step), (adamw_step_many_, many)):
+        parameters = inspect.signature(function).parameters
+        assert list(parameters) == names
+        assert [parameters[n].default for n in names[4:]] == [(0.9, 0.999), 1e-8, 0.01]
+    assert list(inspect.signature(AdamWState).parameters) == ["m", "v", "t"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"betas": (1.0, 0.999)}, "betas"),
+        ({"betas": (0.9, -0.1)}, "betas"),
+        ({"betas": (0.9, math.nan)}, "betas"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"lr": -1e-3}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"lr": math.inf}, "lr"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"grad": torch.tensor([0.0, math.nan, 0.0])}, "grad holds NaN or Inf"),
+        ({"grad": torch.tensor([0.0, -math.inf, 0.0])}, "grad holds NaN or Inf"),
+        ({"grad": torch.zeros(2)}, "grad must have the shape"),
+        ({"grad": torch.zeros(1, 3)}, "grad must have the shape"),
+        ({"grad": torch.zeros(3, dtype=torch.float64)}, "grad must have the dtype"),
+        ({"grad": torch.zeros(3, dtype=torch.int64)}, "grad must have a real floating dtype"),
+        ({"grad": torch.zeros(3, device="meta")}, "grad must have the device"),
+        ({"grad": torch.zeros(3).to_sparse()}, "grad must be a dense tensor"),
+        ({"grad": None}, "grad must be a torch.Tensor"),
+        ({"p": torch.zeros(3, dtype=torch.int32)}, "p must have a real floating dtype"),
+        ({"p": torch.zeros(3, dtype=torch.complex64)}, "p must have a real floating dtype"),
+        ({"state": AdamWState(torch.zeros(3), torch.zeros(4), 0)}, "state.v must have the shape"),
+        ({"state": AdamWState(torch.zeros(3, dtype=torch.float64), torch.zeros(3), 0)}, "state.m must have the dtype"),
+        ({"state": AdamWState(torch.zeros(3), torch.zeros(3), -1)}, "state.t must be an int"),
+    ],
+)
+def test_bad_arguments_change_nothing(change, message):
+    p = torch.tensor([1.0, 2.0, 3.0])
+    arguments = {"p": p, "grad": torch.ones(3), "state": init_adamw_state(p), **HYPER, **change}
+    state = arguments["state"]
+    kept = (arguments["p"].clone(), state.m.clone(), state.v.clone(), state.t)
+    with pytest.raises(ValueError, match=message):
+        adamw_step_(**arguments)
+    assert torch.equal(arguments["p"], kept[0])
+    assert torch.equal(state.m, kept[1])
+    assert torch.equal(state.v, kept[2])
+    assert state.t == kept[3]
+
+
+def test_state_of_an_integer_tensor_is_refused():
+    with pytest.raises(ValueError, match="p must have a real floating dtype"):
+        init_adamw_state(torch.zeros(3, dtype=torch.int64))
+
+
+def test_many_is_one_after_the_other():
+    singles = [torch.tensor(x) for shape in SHAPES for x in draws(shape, 1)]
+    together = [p.clone() for p in singles]
+    grads = [torch.tensor(x) for shape in SHAPES for x in draws(shape, 1, seed=7)]
+    states = [init_adamw_state(p) for p in together]
+    result = adamw_step_many_(together, grads, states, **HYPER)
+    for p, grad in zip(singles, grads, strict=True):
+        adamw_step_(p, grad, init_adamw_state(p), **HYPER)
+    assert all(torch.equal(a, b) for a, b in zip(singles, together, strict=True))
+    assert all(a is b for a, b in zip(result, states, strict=True))
+    assert [s.t for s in result] == [1] * len(SHAPES)
+    assert adamw_step_many_([], [], [], lr=0.1) == []
+
+
+@pytest.mark.parametrize("fault", ["length", "last gradient", "tied"])
+def test_many_is_all_or_nothing(fault):
+    params = [torch.ones(2), torch.ones(3)]
+    grads = [torch.ones(2), torch.ones(3)]
+    states = [init_adamw_state(p) for p in params]
+    if fault == "length":
+        grads.pop()
+    elif fault == "last gradient":
+        grads[1][2] = math.nan
+    else:
+        params[1], grads[1], states[1] = params[0], grads[0], init_adamw_state(params[0])
+    match = {"length": "one entry per parameter", "last gradient": r"grads\[1\]", "tied": "the same tensor"}[fault]
+    with pytest.raises(ValueError, match=match):
+        adamw_step_many_(params, grads, states, lr=0.1)
+    assert all(bool((p == 1).all()) for p in params)
+    assert all(s.t == 0 and not s.m.any() for s in states)
+
+
+def test_global_norm():
+    grads = [torch.tensor([3.0, 0.0]), torch.tensor(4.0), torch.zeros(0)]
+    assert global_norm(grads).item() == 5.0
+    assert global_norm([]).item() == 0.0
+    half = [torch.full((100_000,), 1.0, dtype=torch.bfloat16)]  # bfloat16 sums would stop at 256
+    norm = global_norm(half)
+    assert norm.dtype is torch.float32
+    assert abs(norm.item() - math.sqrt(100_000)) <= 8 * torch.finfo(torch.float32).eps * math.sqrt(100_000)
+    assert global_norm([torch.ones(1), torch.ones(1, dtype=torch.float64)]).dtype is torch.float64
+    with pytest.raises(ValueError, match=r"grads\[0\]"):
+        global_norm([torch.ones(2, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_clipping_scales_to_the_norm_in_torchs_form(dtype):
+    grads = [torch.tensor([3.0, 0.0], dtype=dtype), torch.tensor([[4.0]], dtype=dtype)]
+    addresses = [g.data_ptr() for g in grads]
+    norm = clip_grad_norm_(grads, 1.0)
+    assert norm.item() == 5.0
+    want = 3.0 / (5.0 + 1e-6)
+    assert abs(grads[0][0].item() - want) <= 4 * torch.finfo(dtype).eps * want
+    assert [g.data_ptr() for g in grads] == addresses
+    if dtype is torch.float64:  # the 1e-6 is there
+        assert abs(grads[0][0].item() - 0.6) > 1e-7
+
+
+def test_clipping_equals_torchs_own():
+    ours = [torch.tensor(x, requires_grad=True) for shape in SHAPES for x in draws(shape, 1)]
+    for p in ours:
+        p.grad = p.detach() * 3
+    grads = [p.grad.clone() for p in ours if p.grad is not None]
+    norm = clip_grad_norm_(grads, 0.01)
+    theirs = torch.nn.utils.clip_grad_norm_(ours, 0.01)
+    eps = torch.finfo(torch.float64).eps
+    assert abs(norm.item() - theirs.item()) <= 4 * eps * theirs.item()
+    for g, p in zip(grads, ours, strict=True):
+        assert p.grad is not None
+        assert bool(((g - p.grad).abs() <= 8 * eps * p.grad.abs()).all())
+
+
+def test_clipping_below_the_limit_changes_no_bit():
+    grads = [torch.tensor([0.3, -0.4])]
+    kept = grads[0].clone()
+    for limit in (1.0, math.inf):
+        clip_grad_norm_(grads, limit)
+        assert torch.equal(grads[0], kept)
+
+
+def test_clipping_shows_nan_and_refuses_bad_limits():
+    grads = [torch.tensor([1.0, math.nan]), torch.ones(2)]
+    assert math.isnan(clip_grad_norm_(grads, 1.0).item())
+    for limit in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="max_norm"):
+            clip_grad_norm_([torch.ones(2)], limit)
+
+
+def test_schedule_every_step():
+    warmup, end, low = 4, 20, 0.1
+    factors = [warmup_cosine(step, warmup, end, low) for step in range(26)]
+    assert factors[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert set(factors[20:]) == {0.1}
+    for step in range(warmup, end):
+        cosine = math.cos(math.pi * (step - warmup) / (end - warmup))
+        assert abs(factors[step] - (low + (1 - low) * 0.5 * (1 + cosine))) <= 4 * np.finfo(float).eps
+    assert factors[12] == pytest.approx(0.55, rel=4 * np.finfo(float).eps)
+    assert np.all(np.diff(factors[4:21]) < 0)
+
+
+def test_schedule_without_warmup_and_down_to_zero():
+    assert warmup_cosine(0, 0, 3) == 1.0
+    assert warmup_cosine(3, 0, 3, 0.0) == 0.0
+    # Near its end the cosine falls as (π/2·left)²; 1 + cos would have lost every digit here.
+    tiny = warmup_cosine(10**8 - 1, 0, 10**8, 0.0)
+    assert abs(tiny / (math.pi / 2 * 1e-8) ** 2 - 1) <= 8 * np.finfo(float).eps
+    assert all(warmup_cosine(7, 7, 9, low) == 1.0 and warmup_cosine(9, 7, 9, low) == low for low in (0.0, 0.3, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 2, 10), "step counts"),
+        ((1.5, 2, 10), "integer scalar"),
+        ((0, -1, 10), "warmup_steps"),
+        ((0, 10, 10), "max_steps"),
+        ((0, 2, 10, 1.5), "min_ratio"),
+        ((0, 2, 10, math.nan), "min_ratio"),
+    ],
+)
+def test_schedule_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        warmup_cosine(*arguments)
