@@ -286,6 +286,80 @@ def _say(value: Any) -> str:
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+# --- calibrate -------------------------------------------------------------------------------------------------------
+
+
+@app.command("calibrate")
+@_guarded
+def calibrate_thresholds(
+    draws: Annotated[
+        int | None,
+        typer.Option("--draws", metavar="N", min=1, help="How many clean draws; as in the record if left out."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of configurations, weights, inputs.")] = 0,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the record to this file as well.")
+    ] = None,
+) -> int:
+    """Measure what correct programs score in noise units, and what the thresholds may therefore be.
+
+    Exit code 0: the thresholds in force stand; 1: a draw speaks against them; 3: interrupted (what was drawn is shown).
+    """
+    from parity import calibrate
+    from parity.report import calibration as report
+    from parity.report import json_file as json_report
+
+    if json_file is not None:
+        json_report.check_writable(json_file)
+    wanted = calibrate.DRAWS if draws is None else draws
+    result, ended = calibrate.Calibration(seed, wanted), True
+    try:
+        with _plain_progress() as progress:
+            calibrate.calibrate(wanted, seed, progress, result)
+    except KeyboardInterrupt:
+        ended = False
+    if not result.draws:
+        return _complain("could not look: no draw was finished", CANNOT_LOOK)
+    record = result.record()
+    # Not through the console: its line breaks would spoil the tables.
+    print(report.markdown(record))
+    if json_file is not None:
+        report.write(record, json_file)
+    objections = calibrate.objections(record)
+    for objection in objections:
+        print(f"parity: {objection}", file=sys.stderr)
+    if not ended:
+        print(f"parity: interrupted after {len(result.draws)} of {wanted} draws", file=sys.stderr)
+    return DISAGREE if objections else AGREE if ended else CANNOT_LOOK
+
+
+@contextlib.contextmanager
+def _plain_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr for work whose units are of about one length."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda *_: None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def progress(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label[: max(10, console.width - 80)])
+
+        yield progress
+
+
 def _version(asked: bool) -> None:
     if asked:
         from parity.precision import own_version

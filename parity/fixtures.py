@@ -25,6 +25,7 @@ __all__ = [
     "clear_experts",
     "configuration",
     "far_positions",
+    "load_twins",
     "random_weights",
     "stress_batch",
     "twins",
@@ -33,7 +34,7 @@ __all__ = [
 
 ASSETS = Path(__file__).parent / "assets"
 REGIMES = ("fresh", "randomised", "trained")
-"""fresh: the default initialisation. randomised: no norm scale is 1, no bias 0, some scores beyond ±50. trained: some
+"""fresh: the default initialisation. randomised: no norm scale is 1, no bias 0, large scores. trained: some
 50 steps of the recipe (the shipped model: as shipped)."""
 SHAPE = (6, 11)
 """Batch and length of the stress batch; both unlike every other size of the models."""
@@ -43,11 +44,11 @@ _SMALL = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 40, "dropout": 0.1
 CONFIGS: dict[str, dict[str, Any]] = {
     "mha-swiglu": {"vocab_size": 61, **_SMALL},
     "gqa-swiglu": {"vocab_size": 131, **_SMALL, "use_gqa": True, "kv_groups": 2},
-    "mha-gelu": {"vocab_size": 131, **_SMALL, "n_heads": 2, "d_model": 24, "use_swiglu": False},
+    "mha-gelu": {"vocab_size": 131, **_SMALL, "n_layers": 1, "n_heads": 2, "d_model": 24, "use_swiglu": False},
     "moe": {"vocab_size": 61, **_SMALL, "n_layers": 1, "use_moe": True, "num_experts": 4, "num_experts_per_tok": 2},
     "moe-gqa-gelu": {
-        "vocab_size": 61, **_SMALL, "n_heads": 6, "d_model": 36, "use_gqa": True, "kv_groups": 3, "use_swiglu": False,
-        "use_moe": True, "num_experts": 3, "num_experts_per_tok": 2,
+        "vocab_size": 61, **_SMALL, "n_layers": 1, "n_heads": 6, "d_model": 36, "use_gqa": True, "kv_groups": 3,
+        "use_swiglu": False, "use_moe": True, "num_experts": 3, "num_experts_per_tok": 2,
     },
     "shipped": {},
 }  # fmt: skip
@@ -146,6 +147,31 @@ def twins(name: str, config: Any = None) -> Twins:
     )
 
 
+def load_twins(checkpoint: str | Path, config: Any = None) -> tuple[Any, Any]:
+    """(omni_jax model, omni_torch model) with the weights of one checkpoint, each through its own reader, in eval mode.
+
+    `config` is a ThinkerConfig or the path of a JSON file; by default the config.json beside the checkpoint.
+    """
+    from flax import nnx
+
+    import omni_jax.checkpoint
+    import omni_jax.thinker
+    import omni_torch.checkpoint
+    import omni_torch.thinker
+    from omni_jax.config import ThinkerConfig
+
+    path = Path(checkpoint)
+    if config is None or isinstance(config, (str, Path)):
+        config = ThinkerConfig.from_json(path.parent / "config.json" if config is None else config)
+    fields = config.to_dict()
+    left = omni_jax.thinker.ThinkerLM(**fields, rngs=nnx.Rngs(0))
+    right = omni_torch.thinker.ThinkerLM(**fields)
+    omni_jax.checkpoint.load_weights(left, omni_jax.checkpoint.load_checkpoint(path))
+    omni_torch.checkpoint.load_weights(right, omni_torch.checkpoint.load_checkpoint(path))
+    left.eval()
+    return left, right.eval()
+
+
 # ------------------------------------------------------------------------------------------------ weights
 
 
@@ -178,8 +204,7 @@ def _fresh(config: Any, seed: int) -> dict[str, np.ndarray]:
 def random_weights(config: Any, seed: int) -> dict[str, np.ndarray]:
     """Every tensor away from its initial value: scales in [0.5, 1.5], biases and embeddings normal, large scores.
 
-    The first head of the first block is scaled so that attention scores pass ±50, where a clamp or a finite mask value
-    would show; a quarter of each activation's inputs so that they pass ±6, where a clipped sigmoid would.
+    A quarter of each activation's inputs is scaled so that they pass ±6, where a clipped sigmoid would show.
     """
     rng = np.random.default_rng([seed, 7])
     weights = {}
@@ -191,11 +216,23 @@ def random_weights(config: Any, seed: int) -> dict[str, np.ndarray]:
         else:
             value = rng.standard_normal(value.shape) * 1.2 / np.sqrt(value.shape[1])
         if key in ("blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight"):
-            value[: config.head_dim] *= 40.0
+            value[: config.head_dim] *= 16.0
         if key.endswith(("gate_proj.weight", "fc1.weight")):
-            value[: len(value) // 4] *= 6.0
+            value[: len(value) // 4] *= 3.0
         weights[key] = value.astype(np.float32)
     return weights
+
+
+def loud_weights(config: Any, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first head of the first block louder still: scores pass ±50, where a clamp would show.
+
+    For calls in float64 only: in bfloat16 a softmax with such scores is as good as a choice.
+    """
+    loud = dict(weights)
+    key = next(k for k in ("blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight") if k in weights)
+    loud[key] = weights[key].copy()
+    loud[key][: config.head_dim] *= 4.0
+    return loud
 
 
 @functools.lru_cache(maxsize=16)

@@ -91,10 +91,12 @@ class Judge:
         program = self.tracer.program(args, precision)
         if not program.uniform:
             return measure_program(program, args, draws=self.draws, seed=self.seed)
-        # sigma scales with u: float64 and float32 runs of one program, weights and inputs share the draws.
-        key = (weights, inputs)
-        if self.shared is None or not all(a is b for a, b in zip(self.shared[0], key)):
-            self.shared = (key, measure_program(program, args, draws=self.draws, seed=self.seed))
+        # sigma scales with u: float64 and float32 runs of one program share the draws, if the values fit both types.
+        # Drawn for float32 where it can be, because that has the larger smallest number (sigma's floor).
+        narrow = self.tracer.program(args, "float32") if precision == "float64" else program
+        program = narrow if narrow.uniform else program
+        if self.shared is None or not _same_values(self.shared[0], args):
+            self.shared = (args, measure_program(program, args, draws=self.draws, seed=self.seed))
         return self.shared[1]
 
     def __call__(
@@ -121,6 +123,9 @@ class Judge:
         if oracle is not None:
             self._demand_same_names(jax_out, oracle)
             reference = {name: np.asarray(value, np.float64) for name, value in oracle.items()}
+        unknown = [name for name in origin or {} if name not in jax_out]
+        if unknown:
+            raise CannotLook(f"origin: {', '.join(unknown)} is not returned; known: {', '.join(jax_out)}")
         for name, start in (origin or {}).items():
             jax_out[name], torch_out[name] = jax_out[name] - start, torch_out[name] - start
             reference[name] = reference[name] - start
@@ -133,6 +138,8 @@ class Judge:
         def judged(name, ours, theirs, truth, own_noise, pin) -> Judgement:
             if ours.shape != theirs.shape:
                 raise CannotLook(f"{name}: the JAX side returned shape {ours.shape}, the torch side {theirs.shape}")
+            if ours.shape != truth.shape:
+                raise CannotLook(f"{name}: the sides returned shape {ours.shape}, the reference has {truth.shape}")
             shapes[name] = ours.shape
             values[name] = (ours, theirs, truth, own_noise)
             if pins and pin is None:  # the pin is on the torch side only: its noise is taken as that of float32
@@ -152,8 +159,14 @@ class Judge:
             for name in jax_out
         }
         pairs = self.pair.taps if self.pair.taps is not None else {n: n for n in model.taps}
+        absent = [f"{n} (JAX)" for n in pairs if n not in jax_taps] + [
+            f"{m} (torch)" for m in pairs.values() if m not in torch_taps
+        ]
+        if absent and self.pair.taps is not None:
+            raise CannotLook(f"taps that did not show: {', '.join(absent)}; JAX has {', '.join(jax_taps) or 'none'}")
         taps = {}
-        for name, module in pairs.items():
+        for name in [n for n in model.taps if n in pairs]:  # in the order of execution
+            module = pairs[name]
             if name in jax_taps and module in torch_taps and jax_taps[name].shape == torch_taps[module].shape:
                 pin = model.pinned_taps[name] if model.pinned_taps else None
                 taps[name] = judged(
@@ -193,3 +206,10 @@ class Judge:
             )
         if not left:
             raise CannotLook("nothing was compared: the functions returned no arrays")
+
+
+def _same_values(left: Any, right: Any) -> bool:
+    import jax
+
+    a, b = jax.tree.leaves(left), jax.tree.leaves(right)
+    return len(a) == len(b) and all(np.shape(x) == np.shape(y) and np.array_equal(x, y) for x, y in zip(a, b))

@@ -105,7 +105,11 @@ class Tracer:
         key = (precision, jax.tree.structure(specs), tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(specs)))
         if key not in self.closed:
             with jax.enable_x64(precision == "float64"):
-                closed, out = jax.make_jaxpr(self.fn, return_shape=True)(*specs)
+                try:
+                    closed, out = jax.make_jaxpr(self.fn, return_shape=True)(*specs)
+                except Exception as error:
+                    words = " ".join(str(error).split())[:400]
+                    raise CannotLook(f"the JAX side raised {type(error).__name__}: {words}") from error
             self.closed[key] = closed, jax.tree.structure(out)
         return self.closed[key]
 
@@ -538,6 +542,7 @@ def measure_noise(fn: Callable, args: Sequence[Any], precision: str, *, draws: i
 def measure_program(program: Program, args: Sequence[Any], *, draws: int = 16, seed: int = 0) -> NoiseModel:
     """`measure_noise` for a function that is already traced (the same program with other values)."""
     import jax
+    from threadpoolctl import threadpool_limits
 
     if draws < 2:
         raise ValueError(f"draws: {draws} is too few, at least 2 are needed to tell a spread; use 16 or more")
@@ -546,7 +551,8 @@ def measure_program(program: Program, args: Sequence[Any], *, draws: int = 16, s
     precision = program.precision
 
     def evaluate(run: _Run, inputs):
-        with np.errstate(all="ignore"):
+        # Small products by several BLAS threads cost several times their work in waiting.
+        with np.errstate(all="ignore"), threadpool_limits(1, "blas"):
             return run.jaxpr(program.values.jaxpr, program.types.jaxpr, consts, inputs), run.taps
 
     first = _Run(precision)
@@ -585,9 +591,10 @@ def measure_program(program: Program, args: Sequence[Any], *, draws: int = 16, s
     def shake(x):
         if _is_key(x.dtype) or x.dtype.kind not in "fc":
             return x
-        return x + AMPLITUDE * x * pool.like(x) / math.sqrt(3)
+        moved = AMPLITUDE * np.where(np.isfinite(x), x, 0.0) * pool.like(x) / math.sqrt(3)
+        return x + moved  # a mask's -inf stays where it is
 
-    moved, _ = sample(min(draws, 6), AMPLITUDE, shake=shake)
+    moved, _ = sample(min(draws, 4), AMPLITUDE, shake=shake)
     noise = []
     for error, move in zip(errors, moved):
         sigma, dof = pool_sigma(error)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from parity.errors import Misuse
 from parity.weights import Link, bind, leaf_names, to_jax, to_torch
 
 __all__ = ["Pair", "pair_of"]
@@ -65,6 +66,9 @@ class Pair:
         for name, leaf in zip(leaf_names(result["outputs"]), leaves):
             flat[name or "output"] = np.asarray(leaf)
         if "loss" in result:
+            taken = [name for name in flat if name == "loss" or name.startswith("gradient ")]
+            if taken:
+                raise Misuse(f"outputs: {', '.join(taken)} is the name of a result of the loss; return it by another")
             flat["loss"] = np.asarray(result["loss"])
             gradients = to_torch(self.links, result["gradients"])
             flat.update({f"gradient {name}": value for name, value in gradients.items()})
@@ -89,6 +93,8 @@ def pair_of(
 
     jax_shapes = dict(zip(leaf_names(template), (tuple(np.shape(x)) for x in jax_.tree.leaves(template))))
     if torch_shapes is None:
+        if not hasattr(torch, "named_parameters"):
+            raise Misuse("torch_shapes: a torch function does not tell its parameters; pass {name: shape}")
         torch_shapes = {key: tuple(value.shape) for key, value in torch.named_parameters()}
     links = bind(jax_shapes, torch_shapes, rename=rename, axes=axes)
     return Pair(

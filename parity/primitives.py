@@ -29,7 +29,7 @@ Rule = Callable[[Any, list[np.ndarray], list[np.ndarray]], Any]
 
 def _squared(x: np.ndarray) -> np.ndarray:
     """|x|^2; of a complex number both parts err, and the variance is that of their distance."""
-    return np.square(x) if x.dtype.kind != "c" else np.square(x.real) + np.square(x.imag)
+    return np.square(x) if x.dtype.kind != "c" else np.square(np.real(x)) + np.square(np.imag(x))
 
 
 def _once(eqn, inputs, outputs):
@@ -581,7 +581,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Any, list[np.ndarray]], Any]] = {
     "scatter-mul": lambda eqn, inputs: _scatter(eqn, inputs, np.multiply),
     "scatter-min": lambda eqn, inputs: _scatter(eqn, inputs, np.minimum),
     "scatter-max": lambda eqn, inputs: _scatter(eqn, inputs, np.maximum),
-    "dot_general": lambda eqn, inputs: dot_general(*inputs, eqn.params["dimension_numbers"]),
+    "dot_general": lambda eqn, inputs: dot_general(inputs[0], inputs[1], eqn.params["dimension_numbers"]),
     "reduce_sum": lambda eqn, inputs: inputs[0].sum(axis=tuple(eqn.params["axes"])),
     "reduce_prod": lambda eqn, inputs: inputs[0].prod(axis=tuple(eqn.params["axes"])),
     "reduce_max": lambda eqn, inputs: inputs[0].max(axis=tuple(eqn.params["axes"])),

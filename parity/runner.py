@@ -5,6 +5,7 @@ A check that raises becomes a check that could not look, never a pass; bad files
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -216,6 +217,11 @@ def prepare() -> None:
             logging.getLogger(logger).setLevel(logging.ERROR)
     # Two frameworks share one GPU: JAX must not take three quarters of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with contextlib.suppress(ImportError):
+        import torch
+
+        # The fixtures' models are small: two threads cost several times their work in waiting for each other.
+        torch.set_num_threads(1)
     try:
         import jax
     except ImportError:

@@ -6,6 +6,7 @@ an error, because then nothing was tested.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -98,7 +99,7 @@ class JaxSide:
             raise CannotLook(f"the JAX side raised {type(error).__name__}: {_first_lines(error)}") from error
 
 
-def _compiler_options(precision: str, device: Any) -> dict[str, int] | None:
+def _compiler_options(precision: str, device: Any) -> Any:
     """float32 is compiled as users compile it. The float64 question is about meaning, and bfloat16 on a CPU is
     nobody's target: there LLVM's optimiser (not XLA's) is off, which halves the compile time."""
     return {"xla_backend_optimization_level": 0} if device.platform == "cpu" and precision != "float32" else None
@@ -135,15 +136,12 @@ class TorchSide:
                 call = lambda: pair.torch(named, *arguments)  # noqa: E731
             watch = _PinWatch() if precision == "float64" else None
             with torch.set_grad_enabled(pair.loss is not None):
-                if watch is None:
+                with watch or contextlib.nullcontext():
                     outputs = call()
-                else:
-                    with watch:
-                        outputs = call()
-                    self.pins = tuple(watch.found)
+                    loss = None if pair.loss is None else pair.loss[1](outputs, *arguments)
+                self.pins = tuple(watch.found) if watch else ()
                 result = {"output" if k == "" else k: v for k, v in _flatten(outputs).items()}
-                if pair.loss is not None:
-                    loss = pair.loss[1](outputs, *arguments)
+                if loss is not None:
                     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
                     result["loss"] = loss
                     for (name, parameter), gradient in zip(named.items(), gradients):
@@ -224,6 +222,9 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 
 def _as_float64(named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    parts = [name for name, v in named.items() if v.dtype.kind == "c"]
+    if parts:
+        raise CannotLook(f"{', '.join(parts)}: complex; return real and imaginary parts, each is judged by itself")
     return {k: v.astype(np.float64) if v.dtype.kind not in "biu" else v for k, v in named.items()}
 
 

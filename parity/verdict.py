@@ -55,15 +55,16 @@ class Verdict(enum.StrEnum):
 class Thresholds:
     """Every constant of the judgement. They come from `parity calibrate`, not from a wish (docs/decisions/0001)."""
 
-    z: float = 1.5
+    z: float = 1.6
     """Real kernels against the textbook model: the factor by which a correct result may exceed the unit."""
     level: float = 1e-6
     """Chance of a false alarm per tensor and look, if errors were as the model draws them."""
     independent: int = 8
     """Errors inside a tensor share causes (one norm, one softmax): it counts as at most this many independent ones."""
     unstable_ratio: float = 64.0
-    """sigma / kappa above this: the function loses bits that its inputs did not ask for."""
-    dwarf_ratio: float = 64.0
+    """Error (made, and expected) over what rounded inputs and a rounded result explain: above this, the function loses
+    bits that its inputs did not ask for."""
+    dwarf_ratio: float = 32.0
     """One side's error this many times the other's: not the same arithmetic, even where both are within noise."""
 
 
@@ -119,6 +120,10 @@ class Judgement:
     accurate_torch: float
     smallest_seen: float
     """The smallest relative error (RMS, of this tensor) that this judgement would have called DIFFER."""
+    lost: float = 0.0
+    """Error made over error owed to the rounding of inputs and result (see `unstable_ratio`)."""
+    dwarf: float = 0.0
+    """The larger side's error over the smaller one's, for tensors of 64 elements or more."""
 
 
 def pool_sigma(draws: np.ndarray) -> tuple[np.ndarray, float]:
@@ -190,10 +195,12 @@ def _inverse_trigamma(value: float) -> float:
 def threshold(group: int, groups: int, dof: float, limits: Thresholds = THRESHOLDS) -> float:
     """The largest ordinary RMS z among `groups` groups of `group` elements whose sigma has `dof` degrees of freedom.
 
+    A group's sigma is averaged over its independent elements, so it has that many times the degrees of one.
     `groups` counts up to the next power of two and `dof` down to two digits, so that few quantiles are ever computed.
     """
     independent = max(1, min(group, limits.independent))
-    return limits.z * _quantile(limits.level, independent, 1 << (max(groups, 1) - 1).bit_length(), _two_digits(dof))
+    freedom = _two_digits(dof * independent)
+    return limits.z * _quantile(limits.level, independent, 1 << (max(groups, 1) - 1).bit_length(), freedom)
 
 
 def _two_digits(value: float) -> float:
@@ -319,6 +326,15 @@ def judge_tensor(
     side_jax = measure(error_jax, side_sigma, noise.dof, limits)
     side_torch = measure(error_torch, side_sigma, noise.dof, limits)
 
+    size = _rms(np.where(np.isfinite(reference), reference, 0.0))
+    wrong = sorted((_rms(error_jax), _rms(error_torch)))
+    # A good algorithm owes what its inputs' rounding does (kappa) and the rounding of its result. Sigma alone would
+    # accuse every long sum, because the unit is a left-to-right one: the error must have been made, too.
+    owed = math.hypot(noise.kappa, size / math.sqrt(3.0))
+    lost = min(_rms(noise.sigma), wrong[1] / unit_roundoff) / owed if owed > 0 and noise.kappa > 0 else 0.0
+    floor = unit_roundoff * size
+    dwarf = max(wrong[1], floor) / max(wrong[0], floor) if apart.size >= 64 and max(wrong[0], floor) > 0 else 0.0
+
     def ruling() -> tuple[Verdict, str]:
         worst = max((side_jax, "jax"), (side_torch, "torch"), (same, "the pair"), key=lambda item: item[0].excess)
         if worst[0].excess > 1.0:
@@ -331,20 +347,15 @@ def judge_tensor(
         if not determined(reference, noise.scaled(unit_roundoff), limits):
             words = "its noise is as large as its value: zeros would have passed"
             return Verdict.UNDETERMINED, words if reference.size else "it has no elements: nothing was compared"
-        ratio = _rms(noise.sigma) / noise.kappa if noise.kappa > 0 else 0.0
-        if ratio > limits.unstable_ratio:
-            return Verdict.UNSTABLE, f"loses {math.log2(ratio):.0f} bits that its inputs did not ask for"
-        if apart.size >= 64:
-            floor = unit_roundoff * _rms(np.where(np.isfinite(reference), reference, 0.0))
-            errors = sorted((max(_rms(error_jax), floor), max(_rms(error_torch), floor)))
-            if errors[0] > 0 and errors[1] / errors[0] > limits.dwarf_ratio:
-                side = "jax" if _rms(error_jax) > _rms(error_torch) else "torch"
-                return Verdict.UNSTABLE, f"{side} errs {errors[1] / errors[0]:.0f} times as much as the other side"
+        if lost > limits.unstable_ratio:
+            return Verdict.UNSTABLE, f"loses {math.log2(lost):.0f} bits that its inputs did not ask for"
+        if dwarf > limits.dwarf_ratio:
+            side = "jax" if _rms(error_jax) > _rms(error_torch) else "torch"
+            return Verdict.UNSTABLE, f"{side} errs {dwarf:.0f} times as much as the other side"
         return Verdict.AGREE, f"nearest to its threshold: {worst[1]}, {worst[0].where}, at {worst[0].excess:.0%} of it"
 
     verdict, evidence = ruling()
     live = noise.sigma > 0
-    size = _rms(np.where(np.isfinite(reference), reference, 0.0))
     unit = _rms(side_sigma[live]) if live.any() else 0.0
     return Judgement(
         verdict=verdict,
@@ -357,6 +368,8 @@ def judge_tensor(
         accurate_jax=accurate_bits(error_jax, reference, unit_roundoff),
         accurate_torch=accurate_bits(error_torch, reference, unit_roundoff),
         smallest_seen=threshold(max(int(live.sum()), 1), 1, noise.dof, limits) * unit / size if size else 0.0,
+        lost=lost,
+        dwarf=dwarf,
     )
 
 
@@ -369,7 +382,8 @@ def _blame(jax: Distance, torch: Distance, same: Distance, same_function: bool) 
     if same_function:
         who = "not the same function" if "jax" not in sides else "the JAX side left what its own program says"
     else:
-        who = f"{' and '.join(sides)} left the float64 reference" if sides else "the two sides part"
+        left = f"{' and '.join(sides)} left the float64 reference, the JAX program's meaning"
+        who = left if sides else "the two sides part"
     if same.nonfinite or jax.nonfinite or torch.nonfinite:
         return f"{who}: not finite in {max(jax.nonfinite, torch.nonfinite, same.nonfinite)} elements on one side only"
     worst = max((jax, torch, same), key=lambda d: d.excess)

@@ -45,7 +45,8 @@ def leaf_names(tree: Any) -> list[str]:
     names = []
     for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
         parts = [str(next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a))) for k in path]
-        while parts and parts[-1] in ("value", "raw_value", "get_value"):
+        # A variable shows its array as an attribute; a parameter that is itself called so is a key before it.
+        if path and hasattr(path[-1], "name") and parts[-1] in ("value", "raw_value", "get_value"):
             parts.pop()
         names.append(".".join(parts))
     return names
@@ -91,6 +92,12 @@ def bind(
         taken[partner] = name
         link = Link(name, partner, axes.get(name, _axes(name, len(shape))))
         there = tuple(torch_shapes[partner])
+        if name in axes and sorted(axes[name]) != list(range(len(there))):
+            problems.append(f"axes: {axes[name]} of {name} is no permutation of the {len(there)} axes of {partner}")
+            continue
+        if link.axes is None and name.rpartition(".")[2] == "kernel" and len(shape) > max(CONVOLUTION):
+            problems.append(f"{name} {tuple(shape)}: no layout is known for a kernel of {len(shape)} axes; pass axes=")
+            continue
         seen = tuple(there[a] for a in link.axes) if link.axes is not None and len(link.axes) == len(there) else there
         if seen != tuple(shape):
             problems.append(f"{name} {tuple(shape)}: torch {partner} is {there}, as JAX would lay it out {seen}")
@@ -102,18 +109,48 @@ def bind(
 
 
 def to_jax(links: Sequence[Link], weights: Mapping[str, np.ndarray], template: Any) -> Any:
-    """A pytree like `template` whose leaves are the torch-named `weights`, as numpy arrays in the JAX layout."""
+    """A pytree like `template` whose leaves are the torch-named `weights`, as numpy arrays in the JAX layout.
+
+    Raises `Misuse` that lists every leaf without a link, every value that is missing, left over or of another shape.
+    """
     import jax
 
     by_name = {link.jax: link for link in links}
-    leaves = [by_name[name].to_jax(weights[by_name[name].torch]) for name in leaf_names(template)]
+    names, shapes = leaf_names(template), [tuple(np.shape(x)) for x in jax.tree.leaves(template)]
+    problems = _unlinked(names, by_name)
+    known = {link.torch for link in links}
+    problems += [f"{name}: a value for no parameter" for name in weights if name not in known]
+    leaves = []
+    for name, shape in zip(names, shapes):
+        link = by_name.get(name)
+        if link is None:
+            continue
+        if link.torch not in weights:
+            problems.append(f"{link.torch}: no value for {name}")
+            continue
+        array = weights[link.torch]
+        leaf = link.to_jax(array) if link.axes is None or len(link.axes) == np.ndim(array) else np.asarray(array)
+        if leaf.shape != shape:
+            problems.append(f"{link.torch}: a value of shape {np.shape(array)} does not become {name} {shape}")
+        leaves.append(leaf)
+    if problems:
+        raise Misuse("weights do not fit what was bound:\n  " + "\n  ".join(problems))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
 def to_torch(links: Sequence[Link], tree: Any) -> dict[str, np.ndarray]:
-    """The leaves of a JAX pytree under their torch names and in torch's layout."""
+    """The leaves of a JAX pytree under their torch names and in torch's layout; `Misuse` for one without a link."""
     import jax
 
     by_name = {link.jax: link for link in links}
-    named = zip(leaf_names(tree), jax.tree.leaves(tree))
-    return {by_name[name].torch: by_name[name].to_torch(np.asarray(leaf)) for name, leaf in named}
+    names = leaf_names(tree)
+    problems = _unlinked(names, by_name)
+    if problems:
+        raise Misuse("weights do not fit what was bound:\n  " + "\n  ".join(problems))
+    return {by_name[n].torch: by_name[n].to_torch(np.asarray(leaf)) for n, leaf in zip(names, jax.tree.leaves(tree))}
+
+
+def _unlinked(names: Sequence[str], links: Mapping[str, Link]) -> list[str]:
+    return [f"{name}: not bound to any torch parameter" for name in names if name not in links] + [
+        f"{name}: bound, but not in this tree" for name in links if name not in names
+    ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Two cores: a fixed thread count keeps sums in one order, so a rerun prints the same figures.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread: sums keep one order, so a rerun prints the same figures; and the models here are too small for two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_configure(config) -> None:

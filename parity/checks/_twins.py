@@ -13,7 +13,17 @@ import numpy as np
 
 from parity.checks import Progress, Scope
 from parity.errors import Misuse
-from parity.fixtures import CONFIGS, REGIMES, Twins, clear_experts, far_positions, stress_batch, twins, weights_of
+from parity.fixtures import (
+    CONFIGS,
+    REGIMES,
+    Twins,
+    clear_experts,
+    far_positions,
+    loud_weights,
+    stress_batch,
+    twins,
+    weights_of,
+)
 from parity.judge import Findings, Judge
 from parity.precision import resolve_device
 from parity.result import Control
@@ -52,7 +62,7 @@ def cases(scope: Scope, progress: Progress, regimes: tuple[str, ...] = ()) -> It
     """Every case of the scope, in the order configuration, regime, precision."""
     wanted = [
         (config, regime, precision)
-        for config in scope.configs or (("shipped",) if scope.checkpoint and not scope.configs else tuple(CONFIGS))
+        for config in scope.configs or ((Path(scope.checkpoint).name,) if scope.checkpoint else tuple(CONFIGS))
         for regime in scope.regimes or (("trained",) if scope.checkpoint else REGIMES)
         for precision in scope.precisions
     ]
@@ -67,7 +77,8 @@ def _prepare(scope: Scope, config: str) -> _Prepared:
     if key not in _PREPARED:
         devices = resolve_device(scope.device)
         shared = {"draws": scope.draws, "seed": scope.seed, "devices": devices, "device": scope.device}
-        made = twins(config, checkpoint_config(scope.checkpoint, config) if scope.checkpoint else None)
+        named = scope.configs[0] if scope.configs else None
+        made = twins(config, checkpoint_config(scope.checkpoint, named) if scope.checkpoint else None)
         _PREPARED[key] = _Prepared(made, Judge(made.pair, **shared), Judge(made.calls, **shared))
     return _PREPARED[key]
 
@@ -81,7 +92,8 @@ def _case(scope: Scope, config: str, regime: str, precision: str) -> Case:
         calls = None
         regimes = scope.regimes or (("trained",) if scope.checkpoint else REGIMES)
         if precision == "float64" and regime == ("randomised" if "randomised" in regimes else regimes[0]):
-            calls = prepared.calls(weights, (batch[0], batch[2], far_positions()), precision)
+            loud = loud_weights(prepared.twins.config, weights)
+            calls = prepared.calls(loud, (batch[0], batch[2], far_positions()), precision)
         _CASES[key] = Case(config, regime, precision, main, calls)
     return _CASES[key]
 
@@ -96,14 +108,15 @@ def _inputs(scope: Scope, config: str, regime: str) -> tuple[Mapping[str, np.nda
     return weights, stress_batch(made.config, scope.seed, text, clear_experts(made, weights, narrow))
 
 
-def checkpoint_config(path: str, config: str = "shipped") -> Any:
-    """The configuration of a checkpoint: the one named, or a JSON file beside the checkpoint."""
+def checkpoint_config(checkpoint: str, config: str | None = None) -> Any:
+    """The configuration of a checkpoint: the one named by --config, or the JSON file beside it."""
     from omni_torch.config import ThinkerConfig
     from parity.fixtures import configuration
 
-    if config != "shipped":
+    if config is not None:
         return configuration(config)
-    for beside in (Path(path).parent / "config.json", Path(path).with_suffix(".json")):
+    path = Path(checkpoint)
+    for beside in (path.parent / "config.json", path.with_suffix(".json")):
         if beside.exists():
             return ThinkerConfig.from_json(beside)
     raise Misuse(f"checkpoint: no configuration beside {path}; name one with --config FILE (the family's JSON)")
@@ -124,6 +137,13 @@ def simple_controls(seen: list[Case], names: tuple[str, ...], prefix: str = "") 
             if case.main.outputs[name].verdict == "UNDETERMINED" or not np.any(reference):
                 continue
             other = next((v[1] for k, v in values.items() if k != name and v[1].shape == reference.shape), None)
+            if other is None:  # the same tensor of another case is another tensor too
+                others = (
+                    c.main.values[name][1]
+                    for c in seen
+                    if c is not case and c.precision == case.precision and name in c.main.values
+                )
+                other = next((v for v in others if v.shape == reference.shape), None)
             wrongs = {"zeros": np.zeros_like(reference), "sign flipped": -reference, "another tensor": other}
             sigma = noise.sigma * _unit(case.precision)
             for control in names:
@@ -141,6 +161,8 @@ def simple_controls(seen: list[Case], names: tuple[str, ...], prefix: str = "") 
             evidence=f"rejected on {shown - passed} of {shown} tensors" + (f"; passed on {where}" if passed else ""),
         )
         for name, (shown, passed, where) in counts.items()
+        # A narrow scope may hold no second tensor of the same shape.
+        if shown or name != "another tensor"
     ]
 
 

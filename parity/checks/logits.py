@@ -41,7 +41,7 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
             result.rows += case.calls.rows("logits", case.config, case.regime)
         result.notes += [f"{case.config}, {case.regime}, {case.precision}: {n}" for n in case.main.notes if "pins" in n]
     if scope.controls:
-        result.controls = simple_controls(seen, ("zeros", "sign flipped"), "logits")
+        result.controls = simple_controls(seen, ("zeros", "sign flipped", "another tensor"), "logits")
         bug = eps_control(scope, seen, "logits")
         result.controls += [bug] if bug else []
     result.seconds = time.perf_counter() - started

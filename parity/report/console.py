@@ -161,10 +161,11 @@ def _third_parties(name: str, rows: list[Row]) -> RenderableType:
         distances = [z for z in (row.z_jax, row.z_torch, row.z_same) if z is not None]
         distance = _number(max(distances, key=lambda z: math.inf if math.isnan(z) else z) if distances else None, 3)
         table.add_row(
-            Text(_name(row, "\n", wide=False)),
+            Text(", ".join(part for part in (row.name, row.regime, row.precision) if part)),
             distance,
             Text(row.verdict, style=STYLES[row.verdict]),
-            Text(row.evidence),
+            # What agrees needs no proof on the screen; the JSON file has it.
+            Text(row.evidence.split(": ")[0] if row.verdict is Verdict.AGREE else row.evidence),
         )
     return Padding(table, (0, 0, 1, 2))
 

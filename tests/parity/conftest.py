@@ -1,14 +1,34 @@
-"""The default run, once per session and device: a program costs seconds to compile, so everybody asserts on this one."""
+"""The default run, once per session and device: programs cost seconds to compile, so everybody asserts on this one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from parity.checks import Scope
 from parity.errors import CannotLook
 from parity.result import RunResult
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Such small models gain nothing from a second thread, and where other processes work it waits for them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    with _one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +48,8 @@ def run_on() -> Callable[[str], RunResult]:
             # By default an accelerator rounds inside float32 products (TF32, bfloat16 passes): another arithmetic, and
             # rightly not AGREE.
             matmul = "default" if device == "cpu" else "highest"
-            runs[device] = runner.run(Scope(device=device), matmul=matmul)
+            with _one_thread():
+                runs[device] = runner.run(Scope(device=device), matmul=matmul)
         return runs[device]
 
     return run

@@ -28,7 +28,7 @@ import omni_torch.layers  # noqa: E402
 import omni_torch.losses  # noqa: E402
 import omni_torch.thinker  # noqa: E402
 from parity.checks import Scope, _twins  # noqa: E402
-from parity.fixtures import CONFIGS, REGIMES, configuration, far_positions  # noqa: E402
+from parity.fixtures import CONFIGS, REGIMES, configuration, far_positions, loud_weights  # noqa: E402
 from parity.judge import Findings  # noqa: E402
 from parity.precision import unit_roundoff  # noqa: E402
 from parity.sides import TorchSide  # noqa: E402
@@ -111,18 +111,17 @@ def eps_outside(patch: Patch, module: Any, weights: Weights) -> None:
 
 
 def angles(
-    theta: float = 1.0, step: int = 0, limit: int | None = None, dtype: Any = None
+    theta: float = 1.0, step: int = 0, limit: int | None = None, rounded: Any = None
 ) -> Callable[[Patch, Any, Weights], None]:
-    """RoPE with another theta, positions moved on or clipped, or angles of another type."""
+    """RoPE with another theta, positions moved on or clipped, or cos and sin rounded to another type."""
 
     def inject(patch: Patch, module: Any, weights: Weights) -> None:
         clean = omni_torch.thinker.rope_frequencies
 
-        def frequencies(positions, head_dim, rope_theta, given):
+        def frequencies(positions, head_dim, rope_theta, dtype):
             positions = positions + step if limit is None else positions.clamp(max=limit)
-            cos, sin = clean(positions, head_dim, rope_theta * theta, given if dtype is None else dtype)
-            wide = omni_torch.layers.statistics_dtype(given)
-            return cos.to(wide), sin.to(wide)
+            found = clean(positions, head_dim, rope_theta * theta, dtype)
+            return found if rounded is None else tuple(x.to(rounded).to(x.dtype) for x in found)
 
         patch.setattr(omni_torch.thinker, "rope_frequencies", frequencies)
 
@@ -273,9 +272,10 @@ def worst_experts(logits: Any, k: int) -> tuple[Any, Any]:
     return p / (p.sum(-1, keepdim=True) + 1e-8), chosen
 
 
-def loss(ignore_index: int | None, mean_over_all: bool) -> Callable[[Patch, Any, Weights], None]:
+def loss(ignore_index: int | None, mean_over_all: bool, dtype: Any = None) -> Callable[[Patch, Any, Weights], None]:
     def cross_entropy(logits, targets):
         flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+        flat = flat if dtype is None else flat.to(dtype).to(flat.dtype)
         ignored = -100 if ignore_index is None else ignore_index
         total = F.cross_entropy(flat, wanted, ignore_index=ignored, reduction="sum")
         return total / (wanted.numel() if mean_over_all else (wanted != ignored).sum())
@@ -297,7 +297,7 @@ def clipped_silu(x: Any) -> Any:
 
 
 BUGS = [
-    # The table of the noise units, the row of what ordinary inputs never reach included.
+    # The table of the noise units, with the row of what ordinary inputs never reach (its clamp stands in FAR).
     Bug("eps 1e-6", set_eps),
     Bug("eps outside the root", eps_outside),
     Bug("theta 10001", angles(theta=1.0001)),
@@ -308,7 +308,6 @@ BUGS = [
     Bug("q transposed", changed(".q.weight", np.transpose), grouped),
     Bug("o transposed", changed(".o.weight", np.transpose)),
     Bug("position + 1 of q", query_one_on),
-    Bug("scores clamped at ±50", attention(score=lambda s: s.clamp(-50, 50)), harmless=("fresh", "trained")),
     Bug("mask -1e4", attention(fill=-1e4)),
     Bug("sigmoid clipped at ±6", activation(clipped_silu), gated, first_feed_forward, ("fresh", "trained")),
     # Others that have happened in ports.
@@ -322,7 +321,7 @@ BUGS = [
     Bug("does not see itself", sees_not_itself),
     Bug("padding attended to", padding_seen),
     Bug("RoPE interleaved", interleaved),
-    Bug("RoPE angles in bfloat16", angles(dtype=torch.bfloat16)),
+    Bug("RoPE angles in bfloat16", angles(rounded=torch.bfloat16)),
     Bug("scores over the square root of 2d", attention(scale=lambda d: 1.0 / math.sqrt(2 * d))),
     Bug("experts not renormalised", router(not_renormalised), routed, first_feed_forward),
     Bug("softmax after top-k", router(softmax_after), routed, first_feed_forward),
@@ -332,11 +331,18 @@ BUGS = [
     Bug("PAD without gradient", padding_without_gradient, tap=no_tap),
 ]  # fmt: skip
 FAR = [
+    Bug("scores clamped at ±50", attention(score=lambda s: s.clamp(-50, 50))),
     Bug("positions clipped at 4,095", angles(limit=4095)),
     Bug("positions clipped at ctx_len", angles(limit=63)),
     Bug("default positions count padding", unpadded_positions),
 ]
 """Bugs that the calls of other shapes are there for."""
+PINS = [
+    Bug("RoPE angles in float32", angles(rounded=torch.float32)),
+    Bug("probabilities in float32", attention(probabilities=lambda p: p.float().to(p.dtype))),
+    Bug("loss in float32", loss(0, False, torch.float32), tap=no_tap),
+]
+"""Right but for a rounding to float32 inside: the same function to 24 bits."""
 EQUIVALENT = [
     Bug("attention written out", attention()),
     Bug("position + 1 of q and k", angles(step=1)),
@@ -349,7 +355,7 @@ cancels."""
 
 
 @pytest.fixture(scope="module")
-def mutated(case):
+def mutated(case, one_thread):
     """(bug, configuration, regime, precision) -> (findings, results of the torch side); `calls` asks for the calls of
     other shapes instead of the batch with its gradients."""
     scope, seen = Scope(), {}
@@ -362,6 +368,7 @@ def mutated(case):
         clean, pair = (clean.calls, made.calls) if calls else (clean.main, made.pair)
         weights, batch = _twins._inputs(scope, config, regime)
         if calls:
+            weights = loud_weights(made.config, weights)
             batch = (batch[0], batch[2], far_positions())
         pair, weights = copy.copy(pair), dict(weights)
         pair.torch = copy.deepcopy(pair.torch)
@@ -451,6 +458,17 @@ def test_other_words_for_the_same_function_agree(mutated, bug: Bug) -> None:
             verdicts = {j.verdict for j in (*found.outputs.values(), *found.taps.values())}
             assert verdicts <= {Verdict.AGREE, Verdict.UNDETERMINED}, config
             assert found.parted is None
+
+
+@each(PINS)
+def test_a_rounding_to_float32_inside_is_named(mutated, bug: Bug) -> None:
+    for config in ("mha-swiglu", "moe-gqa-gelu"):
+        found, _ = mutated(bug, config, "randomised", "float64")
+        pinned = [j for j in (*found.outputs.values(), *found.taps.values()) if j.verdict is Verdict.PINNED]
+        assert pinned
+        assert not differing(found)
+        assert all("rounded to float32 inside at torch aten._to_copy" in j.evidence for j in pinned)
+        assert found.parted == bug.tap(configuration(config))
 
 
 @each([bug for bug in BUGS if bug.name in ("eps 1e-6", "theta 10001")])

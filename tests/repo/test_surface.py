@@ -30,6 +30,7 @@ SURFACE = {
     "list": set(),
     "explain": {"check"},
     "doctor": {"--json"},
+    "calibrate": {"--draws", "--seed", "--json"},
 }
 
 BLOCKER = """
