@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 from typing import Any
 
@@ -22,7 +23,7 @@ from parity.verdict import THRESHOLDS, Verdict  # noqa: E402
 
 # What the default run looks at. These may only grow.
 CASES = set(itertools.product(CONFIGS, REGIMES, ("float64", "float32", "bfloat16")))
-COUNTS = {"configurations": 0, "tensors": 0, "comparisons": 0}
+COUNTS = {"configurations": 6, "tensors": 698, "comparisons": 1873}
 UNDETERMINED: dict[tuple[str, str, str, str], tuple[str, ...]] = {}
 """(check, configuration, regime, precision) -> the tensors whose noise is as large as their value. May only shrink."""
 
@@ -157,8 +158,10 @@ def test_the_optimizer_is_covered(run: RunResult, name: str) -> None:
 def test_third_parties_stand_beside_adamw_and_decide_nothing(run: RunResult) -> None:
     rows = [row for row in check_of(run, "adamw").rows if not row.decides]
     for party in ("torch.optim.AdamW", "optax.adamw"):
-        assert {row.precision for row in rows if party in row.name} == {"float64", "float32"}
-    assert not any("not explained" in row.evidence for row in rows)
+        assert {row.precision for row in rows if row.name == party} == {"float64", "float32"}
+    for row in rows:
+        share = re.match(r"(\d+)% explained by ", row.evidence)
+        assert row.verdict is Verdict.AGREE or (share and int(share[1]) > 50), row.evidence
 
 
 @pytest.mark.parametrize("scheme", ["xavier", "kaiming", "zero", "default"])

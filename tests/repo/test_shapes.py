@@ -1,0 +1,48 @@
+"""The shapes that public signatures promise are true: both twins run under jaxtyping's hook with beartype."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+SCRIPT = """
+import warnings
+from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
+warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)  # from flax's own aliases
+from jaxtyping import install_import_hook
+with install_import_hook(["omni_jax", "omni_torch"], "beartype.beartype"):
+    import omni_jax, omni_torch
+    import omni_jax.losses, omni_torch.losses
+import jax, numpy as np, torch
+from jaxtyping import TypeCheckError
+
+sizes = dict(vocab_size=61, n_layers=1, d_model=24, n_heads=4, d_ff=20, ctx_len=32)
+kinds = [{}, {"use_gqa": True, "use_swiglu": False}, {"use_gqa": True, "use_moe": True, "num_experts": 3}]
+tokens = np.array([[1, 5, 9, 4, 0], [1, 7, 3, 0, 0]], np.int32)
+mask = tokens != 0
+for kind in kinds:
+    net = omni_torch.ThinkerLM.from_config(omni_torch.ThinkerConfig(**sizes, **kind)).eval()
+    logits = net(torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask))
+    loss = omni_torch.losses.cross_entropy(logits, torch.from_numpy(tokens).long())
+    assert logits.shape == (2, 5, 61) and loss.shape == ()
+    if kind is not kinds[-1]:
+        continue  # the annotations are the same file by file; one kind in JAX keeps its compile time small
+    model = omni_jax.ThinkerLM.from_config(omni_jax.ThinkerConfig(**sizes, **kind))
+    model.eval()
+    logits = model(jax.numpy.asarray(tokens), attention_mask=jax.numpy.asarray(mask))
+    loss = omni_jax.losses.cross_entropy(logits, jax.numpy.asarray(tokens))
+    assert logits.shape == (2, 5, 61) and loss.shape == ()
+try:
+    omni_torch.losses.cross_entropy(torch.zeros(2, 3, 61), torch.zeros(2, 3))  # float targets
+except TypeCheckError:
+    print("ok")
+"""
+
+
+def test_both_twins_keep_the_shapes_they_promise():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "ok"
