@@ -16,6 +16,7 @@ probabilistic model of rounding errors.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -251,10 +252,16 @@ class _Run:
         env: dict[Any, np.ndarray] = dict(zip(values.constvars, consts))
         env.update(zip(values.invars, args))
         steps, results = _plan(values, types)
-        for eqn, typed, operands, whole, dead in steps:
+        for eqn, typed, operands, whole, mover, dead in steps:
             inputs = [env[x] if known is None else known for x, known in operands]
-            # Integers and bools are the same in every draw, because every choice is replayed: never computed twice.
-            outputs = self.recall(partial(self.value, eqn, inputs)) if whole else self.equation(eqn, typed, inputs)
+            if whole:
+                # Integers and bools are the same in every draw, because every choice is replayed: computed once.
+                outputs = self.recall(partial(self.value, eqn, inputs))
+            elif mover is None or self.reference:
+                outputs = self.equation(eqn, typed, inputs)
+            else:  # a draw repeats an exact step that the reference has been through
+                outputs = mover(eqn, inputs)
+                outputs = outputs if isinstance(outputs, (list, tuple)) else (outputs,)
             env.update(zip(eqn.outvars, outputs))
             for var in dead:
                 del env[var]
@@ -468,7 +475,8 @@ def _plan(values, types) -> tuple[list, list]:
     """What a jaxpr's evaluation needs at every draw, found once.
 
     Per equation: itself, its typed twin, its operands as (variable, None) or (None, literal), whether it yields only
-    integers and bools by an implementation of ours, and the variables that die with it (memory is that of live ones).
+    integers and bools by an implementation of ours, its implementation if it neither rounds nor chooses, and the
+    variables that die with it (memory is that of live ones).
     """
     key = (id(values), id(types))
     known = _PLANS.get(key)
@@ -491,7 +499,10 @@ def _plan(values, types) -> tuple[list, list]:
     for i, (eqn, typed) in enumerate(zip(values.eqns, types.eqns)):
         counts = all(not _is_key(v.aval.dtype) and np.dtype(v.aval.dtype).kind in "iub" for v in eqn.outvars)
         whole = counts and RULES.get(eqn.primitive.name, 0) is None
-        steps.append((eqn, typed, [operand(x) for x in eqn.invars], whole, dead.get(i, ())))
+        name = eqn.primitive.name
+        exact = RULES.get(name, 0) is None and name not in DISCRETE and name != "name"
+        mover = IMPLEMENTATIONS.get(name) if exact and name not in CALLS else None
+        steps.append((eqn, typed, [operand(x) for x in eqn.invars], whole, mover, dead.get(i, ())))
     if len(_PLANS) > 4096:
         _PLANS.clear()
     plan = (steps, [operand(x) for x in values.outvars])
@@ -507,20 +518,26 @@ class _Rounding:
     pinned: bool
 
 
+@lru_cache(maxsize=4)
+def _block(seed: int, size: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(size)
+
+
 class _Pool:
     """Standard normal numbers from one block, cut at random offsets: as good as new ones here, and free."""
 
     SIZE = 1 << 20
 
     def __init__(self, seed: int):
-        self.rng = np.random.default_rng(seed)
-        self.block = self.rng.standard_normal(self.SIZE)
+        self.rng = np.random.default_rng([seed, 1])
+        self.offset = random.Random(seed).random
+        self.block = _block(seed, self.SIZE)
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
         size = math.prod(shape)
         if size > self.SIZE // 4:
             return self.rng.standard_normal(shape)
-        at = int(self.rng.integers(0, self.SIZE - size))
+        at = int(self.offset() * (self.SIZE - size))
         return self.block[at : at + size].reshape(shape)
 
     def like(self, x: np.ndarray) -> np.ndarray:

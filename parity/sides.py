@@ -168,6 +168,10 @@ def _PinWatch():  # a class made on demand: its base lives in torch
             super().__init__()
             self.found: dict[str, None] = {}
 
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # else torch imports its compiler, seconds, to keep it away from a run that never compiles
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             import torch
 
