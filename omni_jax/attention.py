@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import apply_rope, linear, make_dropout, statistics_dtype
+from .layers import _linear, _make_dropout, apply_rope, statistics_dtype
 
 __all__ = ["make_attention_mask", "default_positions", "attend", "CausalSelfAttention"]
 
@@ -122,13 +122,13 @@ class CausalSelfAttention(nnx.Module):
         self.kv_heads = n_heads if not use_gqa else n_heads // 2 if kv_groups is None else kv_groups
         self.use_gqa = use_gqa
         if use_gqa:
-            self.q = linear(d_model, d_model, **kinds)
-            self.k = linear(d_model, self.kv_heads * self.head_dim, **kinds)
-            self.v = linear(d_model, self.kv_heads * self.head_dim, **kinds)
+            self.q = _linear(d_model, d_model, **kinds)
+            self.k = _linear(d_model, self.kv_heads * self.head_dim, **kinds)
+            self.v = _linear(d_model, self.kv_heads * self.head_dim, **kinds)
         else:
-            self.qkv = linear(d_model, 3 * d_model, **kinds)
-        self.o = linear(d_model, d_model, **kinds)
-        self.drop = make_dropout(dropout, rngs)
+            self.qkv = _linear(d_model, 3 * d_model, **kinds)
+        self.o = _linear(d_model, d_model, **kinds)
+        self.drop = _make_dropout(dropout, rngs)
 
     def __call__(
         self,
@@ -137,6 +137,7 @@ class CausalSelfAttention(nnx.Module):
         sin_BTC: Float[Array, "#B T C"],
         mask_BTS: Bool[Array, "#B T T"],
     ) -> Float[Array, "B T D"]:
+        """Attention of x (B, T, D) to itself: (B, T, D); cos and sin (#B, T, C), mask (#B, T, T), #B being B or 1."""
         B, T, D = x_BTD.shape
         if self.use_gqa:
             q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)

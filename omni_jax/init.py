@@ -48,7 +48,10 @@ def fan_in_fan_out(weight: Any) -> tuple[int, int]:
     """
     shape = tuple(weight.shape)
     if len(shape) < 2:
-        raise ValueError(f"fan_in and fan_out need a weight of at least 2 dimensions (..., in, out), got shape {shape}")
+        raise ValueError(
+            f"weight must have at least 2 dimensions (..., in, out), got shape {shape}; for a bias use bias_default, "
+            "for a norm ones"
+        )
     taps = math.prod(shape[:-2])
     return shape[-2] * taps, shape[-1] * taps
 
@@ -62,7 +65,7 @@ def xavier_uniform(
     Source: Glorot & Bengio, AISTATS 2010, equation 16.
     """
     if not (math.isfinite(gain) and gain >= 0.0):
-        raise ValueError(f"gain must be finite and ≥ 0, got {gain!r}")
+        raise ValueError(f"gain must be finite and ≥ 0, got {gain!r}; pass for example gain=1.0")
     fans = sum(_fans(shape))
     return _uniform(key, shape, dtype, gain * math.sqrt(6.0 / fans) if fans else 0.0)
 
@@ -90,9 +93,14 @@ def init_linear(layer: nnx.Linear, key: Array, scheme: str = "xavier") -> nnx.Li
     Raises ValueError for an unknown scheme and for anything that is not an nnx.Linear.
     """
     if not isinstance(layer, nnx.Linear):
-        raise ValueError(f"layer must be an nnx.Linear, got {type(layer).__name__}")
+        raise ValueError(
+            f"layer must be an nnx.Linear, got {type(layer).__name__}; for a bare kernel use xavier_uniform or "
+            "kaiming_uniform"
+        )
     if scheme not in _SCHEMES:
-        raise ValueError(f"scheme must be one of {', '.join(_SCHEMES)}, got {scheme!r}")
+        raise ValueError(
+            f"scheme must be one of {', '.join(_SCHEMES)}, got {scheme!r}; pass one of these, for example 'xavier'"
+        )
     layer = nnx.clone(layer)
     shape, dtype = layer.kernel.shape, layer.kernel.dtype
     if scheme == "xavier":
@@ -122,7 +130,7 @@ def bias_default(fan_in: int) -> Callable[..., Float[Array, "*shape"]]:
     Raises ValueError for a negative fan_in; the initializer raises it for a dtype that is not floating.
     """
     if fan_in < 0:
-        raise ValueError(f"fan_in must be ≥ 0, got {fan_in}")
+        raise ValueError(f"fan_in must be ≥ 0, got {fan_in}; pass fan_in_fan_out(weight)[0] of the bias's weight")
     bound = 1.0 / math.sqrt(fan_in) if fan_in else 0.0
 
     def initializer(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Float[Array, "*shape"]:
@@ -150,11 +158,15 @@ def _uniform(key: Array, shape: Sequence[int], dtype: Any, bound: float) -> Floa
 def _wide(dtype: Any) -> jnp.dtype:
     """promote_types(dtype, float32), which strict dtype promotion refuses to say for bfloat16."""
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"an initial weight must have a real floating dtype, got {dtype}")
+        raise ValueError(
+            f"an initial weight must have a real floating dtype, got {dtype}; pass for example dtype=jnp.float32"
+        )
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
 def _gain(nonlinearity: str) -> float:
     if nonlinearity not in _GAINS:
-        raise ValueError(f"nonlinearity must be one of {', '.join(_GAINS)}, got {nonlinearity!r}")
+        raise ValueError(
+            f"nonlinearity must be one of {', '.join(_GAINS)}, got {nonlinearity!r}; pass the nearest of these"
+        )
     return _GAINS[nonlinearity]

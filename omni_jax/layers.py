@@ -69,7 +69,7 @@ def statistics_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def cast_to_parameters(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Arrays:
+def _cast_to_parameters(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Arrays:
     """flax's promote_dtype hook: (inputs, *parameters) in `dtype`, or in the parameters' own.
 
     flax's default promotes inputs and parameters to their common type, so that one float32 input would quietly turn
@@ -80,15 +80,15 @@ def cast_to_parameters(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = 
 
 
 def _cast_to_statistics(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Arrays:
-    return cast_to_parameters(arrays, dtype=statistics_dtype(arrays[1].dtype if dtype is None else dtype))
+    return _cast_to_parameters(arrays, dtype=statistics_dtype(arrays[1].dtype if dtype is None else dtype))
 
 
-def linear(
+def _linear(
     in_features: int,
     out_features: int,
     *,
     use_bias: bool = False,
-    promote_dtype: Any = cast_to_parameters,
+    promote_dtype: Any = _cast_to_parameters,
     rngs: nnx.Rngs,
     dtype: Any,
     param_dtype: Any,
@@ -110,7 +110,7 @@ def linear(
     )
 
 
-def make_dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
+def _make_dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
     """nnx.Dropout with every default written out; at rate 0 it holds no random state, so all state is parameters."""
     return nnx.Dropout(
         rate, broadcast_dims=(), deterministic=False, rng_collection="dropout", rngs=rngs if rate > 0.0 else None
@@ -135,12 +135,13 @@ class TokenEmbedding(nnx.Embed):
             dtype=dtype,
             param_dtype=param_dtype,
             embedding_init=embedding_default,
-            promote_dtype=cast_to_parameters,
+            promote_dtype=_cast_to_parameters,
             rngs=rngs,
         )
         self.dtype = dtype  # nnx.Embed would pin the dtype of the table it was born with
 
     def __call__(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """Ids (*B, T) to their rows of the table: (*B, T, D)."""
         if not isinstance(tokens, Tracer):
             check_token_ids(tokens, self.num_embeddings)
         ids = jnp.asarray(tokens)
@@ -176,12 +177,13 @@ class RMSNorm(nnx.RMSNorm):
             reduction_axes=-1,
             feature_axes=-1,
             use_fast_variance=False,
-            promote_dtype=cast_to_parameters,
+            promote_dtype=_cast_to_parameters,
             rngs=rngs,
         )
 
     # flax's own forward subtracts a mean of zeros and mixes dtypes, which strict promotion refuses.
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """x (*B, D), normalised over its last axis: (*B, D)."""
         assert self.scale is not None
         x, scale = self.promote_dtype((x, self.scale[...]), dtype=self.dtype)
         wide = statistics_dtype(x.dtype)
@@ -231,11 +233,12 @@ class SwiGLU(nnx.Module):
         self, d_model: int, d_ff: int, *, rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
     ) -> None:
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.gate_proj = linear(d_model, d_ff, **kinds)
-        self.up_proj = linear(d_model, d_ff, **kinds)
-        self.down_proj = linear(d_ff, d_model, **kinds)
+        self.gate_proj = _linear(d_model, d_ff, **kinds)
+        self.up_proj = _linear(d_model, d_ff, **kinds)
+        self.down_proj = _linear(d_ff, d_model, **kinds)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """x (*B, D), through F hidden channels and back: (*B, D)."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -249,10 +252,11 @@ class GELUMLP(nnx.Module):
         self, d_model: int, d_ff: int, *, rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
     ) -> None:
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.fc1 = linear(d_model, d_ff, use_bias=True, **kinds)
-        self.fc2 = linear(d_ff, d_model, use_bias=True, **kinds)
+        self.fc1 = _linear(d_model, d_ff, use_bias=True, **kinds)
+        self.fc2 = _linear(d_ff, d_model, use_bias=True, **kinds)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """x (*B, D), through F hidden channels and back: (*B, D)."""
         # jax.nn.gelu's default is the tanh approximation, 4.7e-4 off. Its exact form goes through erfc and keeps bits
         # in the negative tail that torch's kernel, 1 + erf, cancels: written as torch has it, so that both err alike.
         h = self.fc1(x)
@@ -284,11 +288,12 @@ class MoE(nnx.Module):
     ) -> None:
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.num_experts_per_tok = num_experts_per_tok
-        self.router = linear(d_model, num_experts, promote_dtype=_cast_to_statistics, **kinds)
+        self.router = _linear(d_model, num_experts, promote_dtype=_cast_to_statistics, **kinds)
         mlp = SwiGLU if use_swiglu else GELUMLP
         self.experts = nnx.List([mlp(d_model, d_ff, **kinds) for _ in range(num_experts)])
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """x (B, T, D), each token through its chosen experts: (B, T, D)."""
         logits_BTE = self.router(x)
         # Written out: jax.nn.softmax carries a derivative rule of its own, which hides the arithmetic from a jaxpr.
         shifted_BTE = logits_BTE - lax.stop_gradient(jnp.max(logits_BTE, axis=-1, keepdims=True))

@@ -91,7 +91,10 @@ def adamw_step(
     for name, tree in (("grads", grads), ("state.m", state.m), ("state.v", state.v)):
         _check_like_params(name, tree, params)
     if not jnp.issubdtype(jnp.result_type(state.t), jnp.integer) or jnp.shape(state.t) != ():
-        raise ValueError(f"state.t must be an integer scalar (the number of updates made), got {state.t!r}")
+        raise ValueError(
+            f"state.t must be an integer scalar (the number of updates made), got {state.t!r}; start from "
+            "init_adamw_state(params), where it is 0"
+        )
     beta1, beta2 = betas
     t = state.t + 1
     # One correction per working dtype, shared by all leaves.
@@ -168,7 +171,10 @@ def warmup_cosine(
         step = _check_step(step)
     step = jnp.asarray(step)
     if not jnp.issubdtype(step.dtype, jnp.integer) or step.ndim:
-        raise ValueError(f"step must be an integer scalar, got {step.dtype} of shape {step.shape}")
+        raise ValueError(
+            f"step must be an integer scalar, got {step.dtype} of shape {step.shape}; pass the number of updates made "
+            "so far"
+        )
     dtype = jnp.result_type(float)  # float32, or float64 under x64
     warm = step.astype(dtype) / max(warmup_steps, 1)
     # (1 + cos π·progress) / 2 = sin²(π/2·left), where nothing cancels as the cosine nears its end. The difference is
@@ -198,15 +204,21 @@ def _check_floating(name: str, tree: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         where = name + jax.tree_util.keystr(path)
         if not hasattr(leaf, "dtype"):
-            raise ValueError(f"{where} must be an array, got {type(leaf).__name__}")
+            raise ValueError(f"{where} must be an array, got {type(leaf).__name__}; convert it with jnp.asarray")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"{where} must have a real floating dtype (float32, float64, ...), got {leaf.dtype}")
+            raise ValueError(
+                f"{where} must have a real floating dtype (float32, float64, ...), got {leaf.dtype}; cast it with "
+                ".astype(jnp.float32), or leave it out"
+            )
 
 
 def _check_like_params(name: str, tree: Any, params: Any) -> None:
     ours, theirs = jax.tree.structure(tree), jax.tree.structure(params)
     if ours != theirs:
-        raise ValueError(f"{name} must have the tree structure of params, {theirs}, got {ours}")
+        raise ValueError(
+            f"{name} must have the tree structure of params, {theirs}, got {ours}; pass the gradients of params "
+            "itself, and a state from init_adamw_state(params)"
+        )
     _check_floating(name, tree)
     pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(params), strict=True)
     for (path, leaf), p in pairs:
@@ -214,41 +226,52 @@ def _check_like_params(name: str, tree: Any, params: Any) -> None:
             mine, wanted = getattr(leaf, what), getattr(p, what)
             if mine != wanted:
                 where = jax.tree_util.keystr(path)
-                raise ValueError(f"{name}{where} must have the {what} of params{where}, {wanted}, got {mine}")
+                raise ValueError(
+                    f"{name}{where} must have the {what} of params{where}, {wanted}, got {mine}; pass the gradients "
+                    "of params itself, and a state from init_adamw_state(params)"
+                )
 
 
 def _check_hyperparameters(lr: ArrayLike, betas: Sequence[float], eps: float, weight_decay: float) -> None:
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    named = [("eps", eps), ("weight_decay", weight_decay)]
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}; pass for example betas=(0.9, 0.999)")
+    named = [("eps", eps, "1e-8"), ("weight_decay", weight_decay, "0.01")]
     if jnp.ndim(lr):
-        raise ValueError(f"lr must be a scalar, got shape {jnp.shape(lr)}")
+        raise ValueError(f"lr must be a scalar, got shape {jnp.shape(lr)}; pass one number for all of params")
     if isinstance(lr, (int, float)):
-        named.insert(0, ("lr", lr))
-    for name, value in named:
+        named.insert(0, ("lr", lr, "1e-3"))
+    for name, value, example in named:
         if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"{name} must be finite and ≥ 0, got {value!r}")
+            raise ValueError(f"{name} must be finite and ≥ 0, got {value!r}; pass for example {name}={example}")
 
 
 def _check_max_norm(max_norm: float) -> None:
     if not max_norm > 0.0:  # NaN fails too
-        raise ValueError(f"max_norm must be > 0 (inf only measures the norm), got {max_norm!r}")
+        raise ValueError(
+            f"max_norm must be > 0 (inf only measures the norm), got {max_norm!r}; pass for example max_norm=1.0"
+        )
 
 
 def _check_schedule(warmup_steps: int, max_steps: int, min_ratio: float) -> None:
     if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be ≥ 0, got {warmup_steps}")
+        raise ValueError(f"warmup_steps must be ≥ 0, got {warmup_steps}; pass warmup_steps=0 for no warm-up")
     if max_steps <= warmup_steps:
-        raise ValueError(f"max_steps must be above warmup_steps ({warmup_steps}), got {max_steps}")
+        raise ValueError(
+            f"max_steps must be above warmup_steps ({warmup_steps}), got {max_steps}; raise it, or lower warmup_steps"
+        )
     if not 0.0 <= min_ratio <= 1.0:
-        raise ValueError(f"min_ratio must be in [0, 1], got {min_ratio!r}")
+        raise ValueError(
+            f"min_ratio must be in [0, 1], got {min_ratio!r}; pass the last factor itself, for example min_ratio=0.1"
+        )
 
 
 def _check_step(step: Any) -> int:
     try:
         step = operator.index(step)
     except TypeError:
-        raise ValueError(f"step must be an integer scalar, got {step!r}") from None
+        raise ValueError(
+            f"step must be an integer scalar, got {step!r}; pass the number of updates made so far"
+        ) from None
     if step < 0:
-        raise ValueError(f"step counts the updates made so far and must be ≥ 0, got {step}")
+        raise ValueError(f"step counts the updates made so far and must be ≥ 0, got {step}; start from step=0")
     return step

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .attention import CausalSelfAttention, default_positions, make_attention_mask
 from .config import ThinkerConfig
-from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, linear, make_dropout, rope_frequencies
+from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, _linear, _make_dropout, rope_frequencies
 
 __all__ = ["Block", "ThinkerLM", "num_parameters"]
 
@@ -60,7 +60,7 @@ class Block(nnx.Module):
             )
         else:
             self.mlp = (SwiGLU if config.use_swiglu else GELUMLP)(config.d_model, config.d_ff, **kinds)
-        self.drop = make_dropout(config.dropout, rngs)
+        self.drop = _make_dropout(config.dropout, rngs)
 
     def __call__(
         self,
@@ -69,6 +69,7 @@ class Block(nnx.Module):
         sin_BTC: Float[Array, "#B T C"],
         mask_BTS: Bool[Array, "#B T T"],
     ) -> Float[Array, "B T D"]:
+        """x (B, T, D) with both branches added: (B, T, D); cos and sin (#B, T, C), mask (#B, T, T), #B being B or 1."""
         y_BTD = self.attn(self.norm1(x_BTD), cos_BTC, sin_BTC, mask_BTS)
         x_BTD = x_BTD + self.drop(checkpoint_name(y_BTD, f"{self.name}.attn"))
         branch, feed_forward = ("moe", self.moe) if self.use_moe else ("mlp", self.mlp)
@@ -133,7 +134,7 @@ class ThinkerLM(nnx.Module):
         self.tok_emb = TokenEmbedding(config.vocab_size, config.d_model, **kinds)
         self.blocks = nnx.List([Block(config, f"blocks.{i}", **kinds) for i in range(config.n_layers)])
         self.norm = RMSNorm(config.d_model, **kinds)
-        self.lm_head = linear(config.d_model, config.vocab_size, **kinds)
+        self.lm_head = _linear(config.d_model, config.vocab_size, **kinds)
 
     @classmethod
     def from_config(

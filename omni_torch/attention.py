@@ -154,6 +154,7 @@ class CausalSelfAttention(nn.Module):
         sin_BTC: Float[Tensor, "#B T C"],
         mask_BTS: Bool[Tensor, "#B T T"],
     ) -> Float[Tensor, "B T D"]:
+        """Attention of x (B, T, D) to itself: (B, T, D); cos and sin (#B, T, C), mask (#B, T, T), #B being B or 1."""
         B, T, D = x_BTD.shape
         q, k, v = (self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)) if self.use_gqa else self.qkv(x_BTD).chunk(3, dim=-1)
         q_BTHd = apply_rope(q.reshape(B, T, self.n_heads, self.head_dim), cos_BTC, sin_BTC)

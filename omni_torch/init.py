@@ -45,7 +45,8 @@ def fan_in_fan_out(weight: torch.Tensor) -> tuple[int, int]:
     """
     if weight.ndim < 2:
         raise ValueError(
-            f"fan_in and fan_out need a weight of at least 2 dimensions (out, in, ...), got shape {tuple(weight.shape)}"
+            f"weight must have at least 2 dimensions (out, in, ...), got shape {tuple(weight.shape)}; for a bias use "
+            "bias_default_, for a norm ones"
         )
     taps = math.prod(weight.shape[2:])
     return weight.shape[1] * taps, weight.shape[0] * taps
@@ -58,7 +59,7 @@ def xavier_uniform_(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
     Source: Glorot & Bengio, AISTATS 2010, equation 16.
     """
     if not (math.isfinite(gain) and gain >= 0.0):
-        raise ValueError(f"gain must be finite and ≥ 0, got {gain!r}")
+        raise ValueError(f"gain must be finite and ≥ 0, got {gain!r}; pass for example gain=1.0")
     fans = sum(fan_in_fan_out(weight))
     return _uniform_(weight, gain * math.sqrt(6.0 / fans) if fans else 0.0)
 
@@ -84,9 +85,14 @@ def init_linear_(layer: nn.Linear, scheme: str = "xavier") -> nn.Linear:
     Raises ValueError for an unknown scheme and for anything that is not an nn.Linear.
     """
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"layer must be an nn.Linear, got {type(layer).__name__}")
+        raise ValueError(
+            f"layer must be an nn.Linear, got {type(layer).__name__}; for a bare weight use xavier_uniform_ or "
+            "kaiming_uniform_"
+        )
     if scheme not in _SCHEMES:
-        raise ValueError(f"scheme must be one of {', '.join(_SCHEMES)}, got {scheme!r}")
+        raise ValueError(
+            f"scheme must be one of {', '.join(_SCHEMES)}, got {scheme!r}; pass one of these, for example 'xavier'"
+        )
     with torch.no_grad():
         if scheme == "xavier":
             xavier_uniform_(layer.weight)
@@ -114,7 +120,7 @@ def bias_default_(bias: torch.Tensor, fan_in: int, generator: torch.Generator | 
     Raises ValueError for a negative fan_in and for a dtype that is not floating.
     """
     if fan_in < 0:
-        raise ValueError(f"fan_in must be ≥ 0, got {fan_in}")
+        raise ValueError(f"fan_in must be ≥ 0, got {fan_in}; pass fan_in_fan_out(weight)[0] of the bias's weight")
     return _uniform_(bias, 1.0 / math.sqrt(fan_in) if fan_in else 0.0, generator)
 
 
@@ -181,10 +187,14 @@ def _uniform_(x: torch.Tensor, bound: float, generator: torch.Generator | None =
 
 def _gain(nonlinearity: str) -> float:
     if nonlinearity not in _GAINS:
-        raise ValueError(f"nonlinearity must be one of {', '.join(_GAINS)}, got {nonlinearity!r}")
+        raise ValueError(
+            f"nonlinearity must be one of {', '.join(_GAINS)}, got {nonlinearity!r}; pass the nearest of these"
+        )
     return _GAINS[nonlinearity]
 
 
 def _check_floating(x: torch.Tensor) -> None:
     if not x.is_floating_point():
-        raise ValueError(f"an initial weight must have a real floating dtype, got {x.dtype}")
+        raise ValueError(
+            f"an initial weight must have a real floating dtype, got {x.dtype}; make it torch.float32 first"
+        )

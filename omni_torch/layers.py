@@ -69,6 +69,7 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(vocab_size, d_model, padding_idx=None)
 
     def forward(self, tokens: Int[Tensor, "*B T"]) -> Float[Tensor, "*B T D"]:
+        """Ids (*B, T) to their rows of the table: (*B, T, D)."""
         # Inside torch.compile the values are not known; F.embedding's own bounds check remains.
         if not torch.compiler.is_compiling():
             check_token_ids(tokens, self.num_embeddings)
@@ -90,6 +91,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """x (*B, D), normalised over its last axis: (*B, D)."""
         wide = statistics_dtype(x.dtype)
         x_wide = x.to(wide)
         rms = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + self.eps)
@@ -137,6 +139,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """x (*B, D), through F hidden channels and back: (*B, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -152,6 +155,7 @@ class GELUMLP(nn.Module):
         self.fc2 = nn.Linear(d_ff, d_model, bias=True)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """x (*B, D), through F hidden channels and back: (*B, D)."""
         # "none" is the erf form; jax.nn.gelu's default is the tanh approximation, 4.7e-4 off.
         return self.fc2(F.gelu(self.fc1(x), approximate="none"))
 
@@ -176,6 +180,7 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(mlp(d_model, d_ff) for _ in range(num_experts))
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """x (B, T, D), each token through its chosen experts: (B, T, D)."""
         wide = statistics_dtype(x.dtype)
         x_ND = x.reshape(-1, x.shape[-1])
         p_NE = torch.softmax(F.linear(x_ND.to(wide), self.router.weight.to(wide)), dim=-1)

@@ -102,7 +102,7 @@ def adamw_step_many_(
     if not len(params) == len(grads) == len(states):
         raise ValueError(
             f"params, grads and states must have one entry per parameter, got {len(params)}, {len(grads)} and "
-            f"{len(states)} entries"
+            f"{len(states)} entries; pass three lists of the same length and order"
         )
     _check_hyperparameters(lr, betas, eps, weight_decay)
     first_seen: dict[int, int] = {}
@@ -217,11 +217,16 @@ def _bias_correction(beta: float, t: int) -> float:
 
 def _check_floating(name: str, x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        raise ValueError(
+            f"{name} must be a torch.Tensor, got {type(x).__name__}; leave out parameters that have no gradient"
+        )
     if not x.is_floating_point():
-        raise ValueError(f"{name} must have a real floating dtype (float32, float64, ...), got {x.dtype}")
+        raise ValueError(
+            f"{name} must have a real floating dtype (float32, float64, ...), got {x.dtype}; cast it with "
+            ".to(torch.float32), or leave it out"
+        )
     if x.layout is not torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}: call .to_dense() first")
+        raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}; call .to_dense() first")
 
 
 def _check_update(at: str, p: torch.Tensor, grad: torch.Tensor, state: AdamWState) -> None:
@@ -233,11 +238,21 @@ def _check_update(at: str, p: torch.Tensor, grad: torch.Tensor, state: AdamWStat
         for what in ("shape", "dtype", "device"):
             mine, theirs = getattr(x, what), getattr(p, what)
             if mine != theirs:
-                raise ValueError(f"{name} must have the {what} of {p_name}, {_say(theirs)}, got {_say(mine)}")
+                raise ValueError(
+                    f"{name} must have the {what} of {p_name}, {_say(theirs)}, got {_say(mine)}; pass the gradient of "
+                    f"{p_name} itself, and a state from init_adamw_state({p_name})"
+                )
     if isinstance(state.t, bool) or not isinstance(state.t, int) or state.t < 0:
-        raise ValueError(f"{state_name}.t must be an int ≥ 0 (the number of updates made), got {state.t!r}")
+        raise ValueError(
+            f"{state_name}.t must be an int ≥ 0 (the number of updates made), got {state.t!r}; start from "
+            f"init_adamw_state({p_name}), where it is 0"
+        )
     if not bool(torch.isfinite(grad).all()):
-        raise ValueError(f"{grad_name} holds NaN or Inf: skip this update, nothing was changed")
+        bad = int((~torch.isfinite(grad)).sum())
+        raise ValueError(
+            f"{grad_name} holds NaN or Inf in {bad} of {grad.numel()} entries, all must be finite; skip this update "
+            "(nothing was changed)"
+        )
 
 
 def _say(value: object) -> str:
@@ -246,31 +261,40 @@ def _say(value: object) -> str:
 
 def _check_hyperparameters(lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> None:
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}; pass for example betas=(0.9, 0.999)")
+    named = [("lr", lr, "1e-3"), ("eps", eps, "1e-8"), ("weight_decay", weight_decay, "0.01")]
+    for name, value, example in named:
         if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"{name} must be finite and ≥ 0, got {value!r}")
+            raise ValueError(f"{name} must be finite and ≥ 0, got {value!r}; pass for example {name}={example}")
 
 
 def _check_max_norm(max_norm: float) -> None:
     if not max_norm > 0.0:  # NaN fails too
-        raise ValueError(f"max_norm must be > 0 (inf only measures the norm), got {max_norm!r}")
+        raise ValueError(
+            f"max_norm must be > 0 (inf only measures the norm), got {max_norm!r}; pass for example max_norm=1.0"
+        )
 
 
 def _check_schedule(warmup_steps: int, max_steps: int, min_ratio: float) -> None:
     if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be ≥ 0, got {warmup_steps}")
+        raise ValueError(f"warmup_steps must be ≥ 0, got {warmup_steps}; pass warmup_steps=0 for no warm-up")
     if max_steps <= warmup_steps:
-        raise ValueError(f"max_steps must be above warmup_steps ({warmup_steps}), got {max_steps}")
+        raise ValueError(
+            f"max_steps must be above warmup_steps ({warmup_steps}), got {max_steps}; raise it, or lower warmup_steps"
+        )
     if not 0.0 <= min_ratio <= 1.0:
-        raise ValueError(f"min_ratio must be in [0, 1], got {min_ratio!r}")
+        raise ValueError(
+            f"min_ratio must be in [0, 1], got {min_ratio!r}; pass the last factor itself, for example min_ratio=0.1"
+        )
 
 
 def _check_step(step: Any) -> int:
     try:
         step = operator.index(step)
     except TypeError:
-        raise ValueError(f"step must be an integer scalar, got {step!r}") from None
+        raise ValueError(
+            f"step must be an integer scalar, got {step!r}; pass the number of updates made so far"
+        ) from None
     if step < 0:
-        raise ValueError(f"step counts the updates made so far and must be ≥ 0, got {step}")
+        raise ValueError(f"step counts the updates made so far and must be ≥ 0, got {step}; start from step=0")
     return step

@@ -50,6 +50,7 @@ class Block(nn.Module):
         sin_BTC: Float[Tensor, "#B T C"],
         mask_BTS: Bool[Tensor, "#B T T"],
     ) -> Float[Tensor, "B T D"]:
+        """x (B, T, D) with both branches added: (B, T, D); cos and sin (#B, T, C), mask (#B, T, T), #B being B or 1."""
         x_BTD = x_BTD + self.drop(self.attn(self.norm1(x_BTD), cos_BTC, sin_BTC, mask_BTS))
         feed_forward = self.moe if self.use_moe else self.mlp
         return x_BTD + self.drop(feed_forward(self.norm2(x_BTD)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.errors import CannotLook
+from parity.errors import CannotLook, Misuse
 from parity.result import CheckResult, RunResult
 
 __all__ = ["assert_agree", "compare"]
@@ -24,6 +24,7 @@ def compare(
     weights: Mapping[str, np.ndarray] | None = None,
     rename: Mapping[str, str] | None = None,
     axes: Mapping[str, tuple[int, ...]] | None = None,
+    torch_shapes: Mapping[str, Sequence[int]] | None = None,
     precisions: Sequence[str] = ("float64", "float32"),
     device: str = "cpu",
     draws: int = 16,
@@ -32,7 +33,8 @@ def compare(
     """Is `jax(params, *inputs)` the function that the torch module computes?
 
     jax:        a function of (params, *inputs) that JAX can trace; it returns an array or a pytree of arrays.
-    torch:      an nn.Module in eval mode, called with *inputs; it returns the same structure of tensors.
+    torch:      an nn.Module in eval mode, called with *inputs; it returns the same structure of tensors. Or a function
+                of (dict of tensors, *inputs), with `weights` and `torch_shapes` {name: shape}.
     params:     the JAX parameters, any pytree; only names and shapes are used. Names pair by the rules of
                 parity.weights (kernel, scale, embedding <-> weight; Dense and Conv layouts), `rename` maps the JAX
                 names that do not, `axes` gives the permutation torch -> JAX of other layouts.
@@ -51,7 +53,16 @@ def compare(
     from parity.precision import device_names, manifest, resolve_device
 
     started, cpu = time.perf_counter(), time.process_time()
-    pair = pair_of(jax, torch, params, loss=loss, rename=rename, axes=axes, name="compare")
+    if not isinstance(inputs, (list, tuple)):
+        raise Misuse(f"inputs: got {type(inputs).__name__}, must be a list or tuple of arrays; wrap a single one: [x]")
+    precisions = (precisions,) if isinstance(precisions, str) else tuple(precisions)
+    if not precisions:
+        raise Misuse("precisions: none given; name at least one, for example ('float64', 'float32')")
+    pair = pair_of(
+        jax, torch, params, loss=loss, rename=rename, axes=axes, torch_shapes=torch_shapes, name="compare"
+    )  # fmt: skip
+    if weights is None and torch_shapes is not None:
+        raise Misuse("weights: a torch function has none of its own; pass weights={name: array}")
     if weights is None:
         weights = {k: v.detach().cpu().double().numpy() for k, v in torch.named_parameters()}
     judge = Judge(pair, draws=draws, seed=seed, devices=resolve_device(device), device=device)

@@ -44,10 +44,12 @@ _SMALL = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 40, "dropout": 0.1
 CONFIGS: dict[str, dict[str, Any]] = {
     "mha-swiglu": {"vocab_size": 61, **_SMALL},
     "gqa-swiglu": {"vocab_size": 131, **_SMALL, "use_gqa": True, "kv_groups": 2},
-    "mha-gelu": {"vocab_size": 131, **_SMALL, "n_layers": 1, "n_heads": 2, "d_model": 24, "use_swiglu": False},
-    "moe": {"vocab_size": 61, **_SMALL, "n_layers": 1, "use_moe": True, "num_experts": 4, "num_experts_per_tok": 2},
+    "mha-gelu": {
+        "vocab_size": 131, **_SMALL, "n_layers": 1, "n_heads": 2, "d_model": 24, "rope_theta": 5e5, "use_swiglu": False,
+    },
+    "moe": {"vocab_size": 61, **_SMALL, "n_layers": 1, "use_moe": True, "num_experts": 4, "num_experts_per_tok": 3},
     "moe-gqa-gelu": {
-        "vocab_size": 61, **_SMALL, "n_layers": 1, "n_heads": 6, "d_model": 36, "use_gqa": True, "kv_groups": 3,
+        "vocab_size": 61, **_SMALL, "n_layers": 1, "n_heads": 6, "d_model": 36, "use_gqa": True, "kv_groups": 2,
         "use_swiglu": False, "use_moe": True, "num_experts": 3, "num_experts_per_tok": 2,
     },
     "shipped": {},
@@ -97,6 +99,8 @@ def twins(name: str, config: Any = None) -> Twins:
     from omni_jax.config import ThinkerConfig as JaxConfig
 
     config = configuration(name) if config is None else config
+    if config.ctx_len < SHAPE[1]:
+        raise Misuse(f"config {name}: ctx_len={config.ctx_len} is below {SHAPE[1]}, the length of the stress batch")
     with torch.device("cpu"):
         module = omni_torch.thinker.ThinkerLM.from_config(config).eval()
     abstract = nnx.eval_shape(
@@ -227,7 +231,7 @@ def loud_weights(config: Any, weights: Mapping[str, np.ndarray]) -> dict[str, np
     """The first head of the first block louder still: scores pass ±50, where a clamp would show.
 
     For calls in float64 only: in bfloat16 a softmax with such scores is as good as a choice, and the backward pass of
-    torch's fused attention (which takes the sum of p·dp from the rounded output) loses digits on saturated rows.
+    torch's fused attention (which recomputes p from the log-sum-exp) errs by u·|score| there, not by u.
     """
     loud = dict(weights)
     key = next(k for k in ("blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight") if k in weights)
@@ -319,11 +323,24 @@ def far_positions() -> np.ndarray:
     return far
 
 
+@functools.lru_cache(maxsize=8)
+def _text_ids(text: str, vocab_size: int) -> list[int]:
+    """Ids of a text: the shipped tokenizer's where the vocabulary is the shipped one, else its bytes, wrapped."""
+    from parity.shipped import TOKENIZER
+
+    if vocab_size == configuration("shipped").vocab_size:
+        from omni_torch.tokenizer import BPETokenizer
+
+        return BPETokenizer(TOKENIZER).encode(text)
+    span = max(vocab_size - 3, 1)
+    return [min(byte % span + 3, vocab_size - 1) for byte in text.encode()]
+
+
 def _row(vocab_size: int, length: int, seed: int, row: int, draw: int, text: str | None) -> np.ndarray:
     rng = np.random.default_rng([seed, row, draw])
     if text is None:
-        return rng.integers(3, vocab_size, length)
-    ids = np.frombuffer(text.encode(), np.uint8).astype(np.int64) % (vocab_size - 3) + 3
+        return rng.integers(min(3, vocab_size - 1), vocab_size, length)
+    ids = np.asarray(_text_ids(text, vocab_size))
     start = int(rng.integers(0, max(1, len(ids) - length)))
     return np.resize(ids[start : start + length], length)
 

@@ -38,6 +38,13 @@ class Findings:
     ties: int
     values: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, Noise]]
     """name -> (jax, torch, reference, noise): what the negative controls start from."""
+    excused: frozenset[str] = frozenset()
+    """Names that differ where a choice within the noise may be the reason."""
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """The verdict of every output and tap under the names of `values`."""
+        return {k: j.verdict for k, j in self.outputs.items()} | {f"tap {k}": j.verdict for k, j in self.taps.items()}
 
     @property
     def parted(self) -> str | None:
@@ -57,7 +64,7 @@ class Findings:
                     judgement, evidence=f"{judgement.evidence}; the first tap that parts: {self.parted}"
                 )
             fields = {"check": check, "config": config, "regime": regime, "precision": self.precision}
-            fields |= {"name": name, "device": self.device, "shape": self.shapes[name]}
+            fields |= {"name": name, "device": self.device, "shape": self.shapes[name], "excused": name in self.excused}
             rows.append(row_from_judgement(judgement, **fields))
         return rows
 
@@ -132,6 +139,7 @@ class Judge:
 
         pins = model.pins + (right.pins if wide else ())
         ties = sum(int(c.ties(unit).sum()) for c in model.choices)
+        excused: set[str] = set()
         shapes: dict[str, tuple[int, ...]] = {}
         values: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, Noise]] = {}
 
@@ -152,6 +160,7 @@ class Judge:
                     f"{ties} top-k choices are ties within the noise, another choice is as right; {judgement.evidence}"
                 )
                 judgement = replace(judgement, verdict=Verdict.UNDETERMINED, evidence=words)
+                excused.add(name)
             return judgement
 
         outputs = {
@@ -164,6 +173,9 @@ class Judge:
         ]
         if absent and self.pair.taps is not None:
             raise CannotLook(f"taps that did not show: {', '.join(absent)}; JAX has {', '.join(jax_taps) or 'none'}")
+        notes = list(model.notes)
+        if absent:
+            notes.append(f"taps on one side only, not compared: {', '.join(absent)}")
         taps = {}
         for name in [n for n in model.taps if n in pairs]:  # in the order of execution
             module = pairs[name]
@@ -172,10 +184,10 @@ class Judge:
                 taps[name] = judged(
                     f"tap {name}", jax_taps[name], torch_taps[module], model.taps[name], model.tap_noise[name], pin
                 )
-        notes = list(model.notes)
         if pins:
             notes.append(f"pins (rounded inside a float64 run): {', '.join(pins)}")
-        return Findings(precision, "cpu" if wide else self.device, outputs, taps, shapes, notes, ties, values)
+        device = "cpu" if wide else self.device
+        return Findings(precision, device, outputs, taps, shapes, notes, ties, values, frozenset(excused))
 
     def _named(self, model: NoiseModel) -> tuple[dict[str, np.ndarray], dict[str, Noise], dict[str, Noise]]:
         import jax

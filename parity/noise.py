@@ -28,7 +28,7 @@ from parity.errors import CannotLook
 from parity.precision import precision as format_of
 from parity.precision import unit_roundoff
 from parity.primitives import DISCRETE, IMPLEMENTATIONS, RULES, by_jax
-from parity.verdict import Noise, pool_sigma
+from parity.verdict import THRESHOLDS, Noise, Thresholds, pool_sigma
 
 __all__ = ["Choice", "NoiseModel", "Program", "Tracer", "measure_noise", "measure_program", "trace"]
 
@@ -50,9 +50,12 @@ class Choice:
     margin: np.ndarray
     noise: np.ndarray
 
-    def ties(self, roundoff: float, sigmas: float = 4.0) -> np.ndarray:
-        """True where the margin is within `sigmas` noise units, so that another order is as right as this one."""
-        return self.margin <= sigmas * self.noise * roundoff
+    def ties(self, roundoff: float, limits: Thresholds = THRESHOLDS) -> np.ndarray:
+        """True where the margin is within the noise, so that another choice is as right as this one.
+
+        Equal values that carry no noise are not among them: their order is the function's own business.
+        """
+        return (self.noise > 0) & (self.margin <= limits.tie * self.noise * roundoff)
 
 
 @dataclass

@@ -35,6 +35,8 @@ class Row:
     accurate_jax: float | None = None
     accurate_torch: float | None = None
     smallest_seen: float | None = None
+    excused: bool = False
+    """It differs, but a choice within the noise may be why: nobody can tell, so the check cannot agree."""
     decides: bool = True
     """False for rows that inform only: third-party optimizers, framework defaults."""
 
@@ -78,13 +80,12 @@ class CheckResult:
     @property
     def verdict(self) -> Verdict | None:
         """None when the check could not look; UNDETERMINED when nothing that it looked at was determined."""
-        if self.error is not None or not self.deciding:
-            return None
-        if any(not control.rejected for control in self.controls):
-            return None
         worst = self.worst
-        assert worst is not None
-        return worst.verdict
+        if worst is not None and worst.verdict.gravity >= Verdict.PINNED.gravity:
+            return worst.verdict  # a difference was seen, whatever else went wrong
+        if self.error is not None or worst is None or any(not control.rejected for control in self.controls):
+            return None
+        return Verdict.UNDETERMINED if any(row.excused for row in self.deciding) else worst.verdict
 
     @property
     def exit_code(self) -> int:

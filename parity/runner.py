@@ -133,6 +133,10 @@ def validate(scope: Scope, only: Iterable[str] = (), matmul: str = "default") ->
         _validate_text(Path(scope.text))
     if scope.checkpoint is not None and not Path(scope.checkpoint).is_file():
         _missing("--checkpoint", Path(scope.checkpoint))
+    if scope.checkpoint is not None and len(scope.configs) > 1:
+        raise Misuse(
+            f"--config: {len(scope.configs)} given with one --checkpoint; name the one that it was trained with"
+        )
     for config in scope.configs:
         if _is_path(config) and not Path(config).is_file():
             _missing("--config", Path(config))
@@ -278,10 +282,10 @@ def _not_looked_at(scope: Scope, names: list[str], devices: list[str]) -> list[s
         parts.append(f"checks {', '.join(rest)}")
     if rest := [name for name in default.precisions if name not in scope.precisions]:
         parts.append(f"precisions {', '.join(rest)}")
-    if scope.configs:
+    if scope.configs or scope.checkpoint:
         parts.append("other configurations than those named")
-    if scope.regimes:
-        parts.append("other weight regimes than those named")
+    if scope.regimes or scope.checkpoint:
+        parts.append("other weight regimes")
     notes = [f"not looked at: {'; '.join(parts)}"] if parts else []
     if scope.device == "tpu" and any(name.startswith("torch on cpu") for name in devices):
         notes.append("torch cannot use a TPU without torch_xla: its side ran on the CPU")

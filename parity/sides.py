@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.errors import CannotLook
+from parity.errors import CannotLook, Misuse
 from parity.noise import Tracer
 from parity.pair import Pair
 from parity.precision import precision as format_of
@@ -31,6 +31,10 @@ def as_inputs(inputs: Sequence[Any], precision: str) -> tuple[np.ndarray, ...]:
         if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
             array = array.astype(dtype)
         elif array.dtype.kind in "iu":
+            if array.size and (array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min):
+                raise Misuse(
+                    f"inputs[{len(arrays)}]: holds integers beyond int32, which JAX would wrap; give smaller ones"
+                )
             array = array.astype(np.int32)
         arrays.append(array)
     return tuple(arrays)

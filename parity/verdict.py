@@ -21,6 +21,7 @@ from functools import lru_cache
 import numpy as np
 
 __all__ = [
+    "accepts",
     "Distance",
     "Judgement",
     "Noise",
@@ -55,17 +56,19 @@ class Verdict(enum.StrEnum):
 class Thresholds:
     """Every constant of the judgement. They come from `parity calibrate`, not from a wish (docs/decisions/0001)."""
 
-    z: float = 1.6
+    z: float = 2.0
     """Real kernels against the textbook model: the factor by which a correct result may exceed the unit."""
     level: float = 1e-6
     """Chance of a false alarm per tensor and look, if errors were as the model draws them."""
     independent: int = 8
     """Errors inside a tensor share causes (one norm, one softmax): it counts as at most this many independent ones."""
-    unstable_ratio: float = 64.0
+    unstable_ratio: float = 80.0
     """Error (made, and expected) over what rounded inputs and a rounded result explain: above this, the function loses
     bits that its inputs did not ask for."""
     dwarf_ratio: float = 32.0
     """One side's error this many times the other's: not the same arithmetic, even where both are within noise."""
+    tie: float = 4.0
+    """A choice whose margin is within this many of its noise units could as well have gone the other way."""
 
 
 THRESHOLDS = Thresholds()
@@ -103,6 +106,11 @@ class Distance:
     """The look that is nearest to (or furthest above) its threshold."""
     looks: tuple[tuple[str, float], ...] = ()
     """(tensor, element, row or column; the worst of that look / its threshold): what calibration counts."""
+
+    @property
+    def within(self) -> bool:
+        """Every look is within its threshold."""
+        return self.excess <= 1.0
 
 
 @dataclass(frozen=True)
@@ -262,6 +270,20 @@ def subtract(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.where(same, 0.0, np.where(np.isfinite(left) & np.isfinite(right), difference, np.nan))
 
 
+def accepts(
+    candidate: np.ndarray,
+    reference: np.ndarray,
+    noise: Noise,
+    unit_roundoff: float,
+    *,
+    noisy_reference: bool = False,
+    limits: Thresholds = THRESHOLDS,
+) -> bool:
+    """Would a side that gave `candidate` be taken for the reference? What every negative control asks."""
+    scale = unit_roundoff * (math.sqrt(2.0) if noisy_reference else 1.0)
+    return measure(subtract(candidate, reference), noise.sigma * scale, noise.dof, limits).within
+
+
 def effective_bits(z: float, unit_roundoff: float) -> float:
     """−log2(u · z): how many bits the noise leaves, as if the function were perfectly conditioned."""
     return -math.log2(unit_roundoff * z) if z > 0 else -math.log2(unit_roundoff)
@@ -294,10 +316,12 @@ def determined(reference: np.ndarray, noise: Noise, limits: Thresholds = THRESHO
     reference = np.asarray(reference, np.float64)
     if reference.size == 0:
         return False
+    if np.isnan(reference).any():
+        return False  # NaN beside NaN agrees about nothing
     finite = np.where(np.isfinite(reference), reference, 0.0)
     if not np.any(finite):
         return not np.any(noise.sigma)
-    return measure(finite, noise.sigma, noise.dof, limits).excess > 1.0
+    return not measure(finite, noise.sigma, noise.dof, limits).within
 
 
 def judge_tensor(
@@ -337,15 +361,17 @@ def judge_tensor(
 
     def ruling() -> tuple[Verdict, str]:
         worst = max((side_jax, "jax"), (side_torch, "torch"), (same, "the pair"), key=lambda item: item[0].excess)
-        if worst[0].excess > 1.0:
+        if not worst[0].within:
             if pins and pinned is not None:
                 wide = np.hypot(side_sigma, pinned.sigma)
                 looks = ((error_jax, wide), (error_torch, wide), (apart, wide * math.sqrt(2.0)))
-                if max(measure(e, unit, noise.dof, limits).excess for e, unit in looks) <= 1.0:
+                if all(measure(e, unit, noise.dof, limits).within for e, unit in looks):
                     return Verdict.PINNED, f"agrees to 24 bits only: rounded to float32 inside at {', '.join(pins)}"
             return Verdict.DIFFER, _blame(side_jax, side_torch, same, noisy_reference)
         if not determined(reference, noise.scaled(unit_roundoff), limits):
             words = "its noise is as large as its value: zeros would have passed"
+            if np.isnan(reference).any():
+                words = f"the reference itself is NaN in {int(np.isnan(reference).sum())} elements"
             return Verdict.UNDETERMINED, words if reference.size else "it has no elements: nothing was compared"
         if lost > limits.unstable_ratio:
             return Verdict.UNSTABLE, f"loses {math.log2(lost):.0f} bits that its inputs did not ask for"
@@ -378,7 +404,7 @@ def _blame(jax: Distance, torch: Distance, same: Distance, same_function: bool) 
 
     In float64 the reference is what the JAX function means: leaving it says "another function", not who is right.
     """
-    sides = [name for name, d in (("jax", jax), ("torch", torch)) if d.excess > 1.0]
+    sides = [name for name, d in (("jax", jax), ("torch", torch)) if not d.within]
     if same_function:
         who = "not the same function" if "jax" not in sides else "the JAX side left what its own program says"
     else:

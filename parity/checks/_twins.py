@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from parity.fixtures import (
 from parity.judge import Findings, Judge
 from parity.precision import resolve_device
 from parity.result import Control
-from parity.verdict import measure, subtract
+from parity.verdict import Verdict, accepts
 
 __all__ = ["Case", "cases", "eps_control", "simple_controls"]
 
@@ -73,7 +73,7 @@ def cases(scope: Scope, progress: Progress, regimes: tuple[str, ...] = ()) -> It
 
 
 def _prepare(scope: Scope, config: str) -> _Prepared:
-    key = (config, scope.device, scope.draws, scope.checkpoint)
+    key = (config, scope.configs, scope.device, scope.draws, scope.seed, scope.checkpoint)
     if key not in _PREPARED:
         devices = resolve_device(scope.device)
         shared = {"draws": scope.draws, "seed": scope.seed, "devices": devices, "device": scope.device}
@@ -125,16 +125,17 @@ def checkpoint_config(checkpoint: str, config: str | None = None) -> Any:
 # ------------------------------------------------------------------------------------------------ controls
 
 
-def simple_controls(seen: list[Case], names: tuple[str, ...], prefix: str = "") -> list[Control]:
-    """zeros, sign flipped and another tensor of the same shape, shown in the torch side's place, on every tensor.
+def simple_controls(seen: list[Case], names: tuple[str, ...], wanted: Callable[[str], bool]) -> list[Control]:
+    """zeros, sign flipped and another tensor of the same shape, in the torch side's place, on every tensor `wanted`.
 
     Each must be rejected wherever the verdict on the true tensors was a determined one.
     """
     counts = {name: [0, 0, ""] for name in names}
     for case in seen:
-        values = {k: v for k, v in case.main.values.items() if k in case.main.outputs and k.startswith(prefix)}
+        verdicts = case.main.verdicts
+        values = {k: v for k, v in case.main.values.items() if wanted(k)}
         for name, (_, _, reference, noise) in values.items():
-            if case.main.outputs[name].verdict == "UNDETERMINED" or not np.any(reference):
+            if verdicts[name] is Verdict.UNDETERMINED or not np.any(reference):
                 continue
             other = next((v[1] for k, v in values.items() if k != name and v[1].shape == reference.shape), None)
             if other is None:  # the same tensor of another case is another tensor too
@@ -145,13 +146,17 @@ def simple_controls(seen: list[Case], names: tuple[str, ...], prefix: str = "") 
                 )
                 other = next((v for v in others if v.shape == reference.shape), None)
             wrongs = {"zeros": np.zeros_like(reference), "sign flipped": -reference, "another tensor": other}
-            sigma = noise.sigma * _unit(case.precision)
             for control in names:
                 wrong = wrongs[control]
-                if wrong is None or np.array_equal(wrong, reference):
+                # Two scalars may well be near each other; a scalar has no "another".
+                if (
+                    wrong is None
+                    or np.array_equal(wrong, reference)
+                    or (control == "another tensor" and wrong.size == 1)
+                ):
                     continue
                 counts[control][0] += 1
-                if measure(subtract(wrong, reference), sigma, noise.dof).excess <= 1.0:
+                if accepts(wrong, reference, noise, _unit(case.precision)):
                     counts[control][1] += 1
                     counts[control][2] = f"{case.config}, {case.regime}, {case.precision}, {name}"
     return [
@@ -192,9 +197,10 @@ def eps_control(scope: Scope, seen: list[Case], prefix: str) -> Control | None:
     for name, (_, _, reference, noise) in case.main.values.items():
         if name in case.main.outputs and name.startswith(prefix) and case.main.outputs[name].verdict == "AGREE":
             shown += 1
-            sigma = noise.sigma * _unit("float64") * np.sqrt(2)
-            if measure(subtract(bad[name], reference), sigma, noise.dof).excess <= 1.0:
+            if accepts(bad[name], reference, noise, _unit("float64"), noisy_reference=True):
                 passed.append(name)
+    if not shown:
+        return None  # nothing agreed: the rows themselves say what is wrong
     words = f"rejected on {shown - len(passed)} of {shown} tensors of {case.config}, {case.regime}"
     words += f"; np.allclose on float32 logits at {FAMILIAR_BOUND:g}: {'passes' if familiar else 'fails too'}"
     return Control("eps 1e-6", rejected=shown > 0 and not passed, evidence=words)

@@ -15,7 +15,8 @@ CLAIM = (
     "against its own noise, before any optimizer could hide its scale."
 )
 BLIND = (
-    "Gradients with respect to inputs; dropout; gradients where the loss has ties or kinks that the batches do not "
+    "Gradients with respect to inputs; those at T = 1, at far positions, with scores beyond ±50 and from embeddings; "
+    "dropout; a batch whose every target is ignored; gradients where the loss has kinks that the batches do not "
     "reach; tensors whose gradient is rounding noise (they are counted as UNDETERMINED, never as agreeing)."
 )
 CONTROLS = LOGITS_CONTROLS
@@ -32,7 +33,11 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
         names = [name for name in case.main.outputs if name == "loss" or name.startswith("gradient ")]
         result.rows += case.main.rows("gradients", case.config, case.regime, names)
     if scope.controls:
-        result.controls = simple_controls(seen, ("zeros", "sign flipped", "another tensor"), "gradient ")
+        result.controls = simple_controls(
+            seen,
+            ("zeros", "sign flipped", "another tensor"),
+            lambda name: name == "loss" or name.startswith("gradient "),
+        )
         bug = eps_control(scope, seen, "gradient ")
         result.controls += [bug] if bug else []
     result.seconds = time.perf_counter() - started

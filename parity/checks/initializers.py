@@ -26,13 +26,16 @@ __all__ = ["BLIND", "CLAIM", "CONTROLS", "N_DRAWS", "NAME", "Measured", "control
 NAME = "initializers"
 CLAIM = (
     "Xavier, Kaiming, zero and default initial weights of both twins are drawn from the law that each scheme states, "
-    "from the same law as each other, and independently from tensor to tensor; every weight of a fresh ThinkerLM has "
-    "the default's law."
+    "from the same law as each other; every parameter of two fresh models, which between them have every kind of "
+    "parameter that ThinkerLM knows (MHA with a GELU MLP; GQA with a mixture of SwiGLU experts), drawn by "
+    "ThinkerLM.from_config on both sides, has the default's law, independently from tensor to tensor of its model."
 )
 BLIND = (
     "Deviations below those printed (`smallest seen`); swapped fans under Xavier, which is symmetric in them; "
-    "dependence that leaves neighbours and pairs of tensors uncorrelated; dtypes other than float32; fans other than "
-    "those drawn."
+    "dependence that leaves neighbours and pairs of tensors uncorrelated; pairs of bias vectors, which are pooled; "
+    "dependence between models, or between one seed and the next; omni_jax's ThinkerLM(...), which draws other numbers "
+    "than from_config and costs a compilation (a test holds it to the same laws); dtypes other than float32; fans and "
+    "configurations other than those drawn."
 )
 CONTROLS = {
     "zeros": "nothing was drawn: all weights zero",
@@ -44,7 +47,8 @@ CONTROLS = {
     "fans swapped": "fan_out in place of fan_in",
     "flax default": "flax.nnx's own kernel (LeCun normal) in place of torch's",
     "embedding 1/sqrt(D)": "flax.nnx's own embedding in place of N(0, 1)",
-    "one key for two": "two tensors of a model drawn with the same key",
+    "zero router": "a router left at zero, as small as the model's own",
+    "one key for two": "two layers of a model drawn with the same key",
     "parts of two laws": "one twin follows Xavier, the other Kaiming",
 }
 N_DRAWS = 100_000
@@ -52,16 +56,31 @@ N_DRAWS = 100_000
 
 # Never square, so that swapped fans show; the bias layer is flat, so that one layer draws enough of them.
 _FAN_IN, _FAN_OUT, _BIAS_FAN_IN, _EMBED = 400, 250, 5, 50
-# A fresh model: layers twice, a bias vector long enough to be looked at, no two axes alike.
-_MODEL = {
-    "vocab_size": 500,
-    "n_layers": 2,
-    "d_model": 48,
-    "n_heads": 4,
-    "d_ff": 1024,
-    "use_swiglu": False,
+# Fresh models that between them have every kind of parameter. Layers twice, so that a key used for both shows; no
+# tensor but norms and biases below the statistics' minimum, which makes the router's d_model · num_experts ≥ 1000.
+_MODELS: dict[str, dict[str, Any]] = {
+    "dense": {
+        "vocab_size": 500,
+        "n_layers": 2,
+        "d_model": 48,
+        "n_heads": 4,
+        "d_ff": 1024,
+        "use_swiglu": False,
+    },
+    "moe": {
+        "vocab_size": 60,
+        "n_layers": 2,
+        "d_model": 256,
+        "n_heads": 4,
+        "d_ff": 40,
+        "use_gqa": True,
+        "kv_groups": 2,
+        "use_swiglu": True,
+        "use_moe": True,
+        "num_experts": 4,
+    },
 }
-_POOLED = ("model norms", "model biases / bound")
+_POOLED = ("norms", "biases / bound")
 _ONE_SAMPLE = (st.mean_test, st.std_test, st.extremes_test, st.ks_test, st.chi_square_test, st.lag_test)
 
 Samples = dict[str, np.ndarray]
@@ -138,9 +157,12 @@ def controls(n_draws: int = N_DRAWS, seed: int = 0) -> list[Control]:
         show("gain forgotten", he / math.sqrt(2), relu)
         fan_in, fan_out = _shapes(n_draws)["weight"]
         show("fans swapped", he * math.sqrt(fan_in / fan_out), relu)
-        model = {name: x for name, x in samples.items() if name in ("model tok_emb", "model lm_head")}
-        twice = {**model, "copy": model["model lm_head"]}  # one tensor under two names
-        shown["one key for two"].append(st.pairs_test(twice, level))
+        router = "moe model blocks.1.moe.router"
+        show("zero router", np.zeros_like(samples[router]), laws[router])
+        for label, part in (("dense", "attn.qkv"), ("moe", "moe.experts.0.gate_proj")):
+            model = _varied(samples, label)
+            model[f"{label} model blocks.1.{part}"] = model[f"{label} model blocks.0.{part}"]
+            shown["one key for two"].append(_pairs_test(model, level))
     show("flax default", drawn["jax"]["flax.nnx.Linear kernel"], default)
     show("embedding 1/sqrt(D)", drawn["jax"]["flax.nnx.Embed"], laws["default Embedding"])
     for one, other in (("jax", "torch"), ("torch", "jax")):
@@ -213,12 +235,31 @@ def _plans(jax_samples: Samples, torch_samples: Samples, n_draws: int) -> list[_
             x, y = jax_samples[name], torch_samples[name]
             test = lambda level, x=x, y=y: st.ks_two_sample_test(x, y, level)  # noqa: E731
             plans.append(_Plan(name, "both", "one law", x.shape, (test,)))
-    for side, samples in sides.items():
-        varied = {name: x for name, x in samples.items() if name.startswith("model ") and name not in _POOLED}
-        names = "all pairs of a model's tensors"
-        test = lambda level, varied=varied: st.pairs_test(varied, level)  # noqa: E731
-        plans.append(_Plan(names, side, "independent", (len(varied),), (test,)))
+    for label in _MODELS:
+        for side, samples in sides.items():
+            varied = _varied(samples, label)
+            test = lambda level, varied=varied: _pairs_test(varied, level)  # noqa: E731
+            plans.append(_Plan(_pairs(label), side, "independent", (len(varied),), (test,)))
     return plans
+
+
+def _pairs(label: str) -> str:
+    return f"all pairs of the {label} model's tensors"
+
+
+def _varied(samples: Samples, label: str) -> Samples:
+    """The tensors of one model that are drawn at random and not pooled."""
+    start = f"{label} model "
+    pooled = [start + name for name in _POOLED]
+    return {name: x for name, x in samples.items() if name.startswith(start) and name not in pooled}
+
+
+def _pairs_test(tensors: Samples, level: float) -> st.Outcome:
+    """st.pairs_test over the tensors that vary: one that does not is for its own row to reject."""
+    tensors = {name: x for name, x in tensors.items() if np.ptp(x) != 0.0}
+    if len(tensors) < 2:
+        return st.Outcome("correlation", 0, math.nan, 0.0, None, 0.0, level, math.nan, "no two tensors that vary")
+    return st.pairs_test(tensors, level)
 
 
 def _shapes(n_draws: int) -> dict[str, tuple[int, int]]:
@@ -254,14 +295,14 @@ def _laws(n_draws: int) -> dict[str, st.Distribution]:
         "default Linear bias": uniform(1 / math.sqrt(_BIAS_FAN_IN)),
         "default Embedding": st.normal(1.0),
     }
-    d_model, d_ff = int(_MODEL["d_model"]), int(_MODEL["d_ff"])
-    laws["model tok_emb"] = st.normal(1.0)
-    laws["model lm_head"] = uniform(1 / math.sqrt(d_model))
-    for i in range(int(_MODEL["n_layers"])):
-        for part, fan in (("attn.qkv", d_model), ("attn.o", d_model), ("mlp.fc1", d_model), ("mlp.fc2", d_ff)):
-            laws[f"model blocks.{i}.{part}"] = uniform(1 / math.sqrt(fan))
-    laws["model biases / bound"] = st.uniform(1.0 + float(np.finfo(np.float32).eps))  # the quotient rounds
-    laws["model norms"] = st.constant(1.0)
+    for label, model in _MODELS.items():
+        start = f"{label} model "
+        laws[start + "tok_emb"] = st.normal(1.0)
+        for path, fan in _model_fans(model).items():
+            laws[start + path] = uniform(1 / math.sqrt(fan))
+        laws[start + "norms"] = st.constant(1.0)
+        if not model["use_swiglu"]:  # the quotient rounds
+            laws[start + "biases / bound"] = st.uniform(1.0 + float(np.finfo(np.float32).eps))
     # Third parties, as their documentation states them; they inform, and decide nothing.
     laws["torch.nn.Linear weight"] = uniform(1 / math.sqrt(fan_in))
     laws["torch.nn.Linear bias"] = uniform(1 / math.sqrt(_BIAS_FAN_IN))
@@ -272,11 +313,29 @@ def _laws(n_draws: int) -> dict[str, st.Distribution]:
     return laws
 
 
+def _model_fans(model: dict[str, Any]) -> dict[str, int]:
+    """fan_in of every linear layer of a model of `_MODELS`, by its path."""
+    d_model, d_ff = model["d_model"], model["d_ff"]
+    attention = ("q", "k", "v") if model.get("use_gqa") else ("qkv",)
+    layer = {f"attn.{part}": d_model for part in (*attention, "o")}
+    mlp = {"gate_proj": d_model, "up_proj": d_model, "down_proj": d_ff}
+    if not model["use_swiglu"]:
+        mlp = {"fc1": d_model, "fc2": d_ff}
+    if model.get("use_moe"):
+        layer["moe.router"] = d_model
+        layer |= {f"moe.experts.{e}.{part}": fan for e in range(model["num_experts"]) for part, fan in mlp.items()}
+    else:
+        layer |= {f"mlp.{part}": fan for part, fan in mlp.items()}
+    fans = {f"blocks.{i}.{path}": fan for i in range(model["n_layers"]) for path, fan in layer.items()}
+    return {**fans, "lm_head": d_model}
+
+
 @lru_cache(maxsize=2)
 def _draw_torch(n_draws: int, seed: int) -> Samples:
     import torch
     from torch import nn
 
+    from omni_torch.config import ThinkerConfig
     from omni_torch.init import default_init_, embedding_default_, init_linear_
     from omni_torch.thinker import ThinkerLM
 
@@ -300,34 +359,49 @@ def _draw_torch(n_draws: int, seed: int) -> Samples:
         samples["default Linear weight"] = default_init_(layer).get_parameter("weight").clone()
         samples["default Linear bias"] = default_init_(flat).get_parameter("bias").clone()
         samples["default Embedding"] = embedding_default_(embed.weight).clone()
-        model = ThinkerLM(**_MODEL)  # type: ignore[arg-type]
-        state = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    samples |= _model_samples({name: x.numpy() for name, x in state.items()})  # type: ignore[arg-type]
-    return {name: np.asarray(x) for name, x in samples.items()}
+        models = {label: ThinkerLM.from_config(ThinkerConfig(**model)) for label, model in _MODELS.items()}
+    drawn = {name: x.numpy() for name, x in samples.items()}
+    for label, model in models.items():
+        drawn |= _model_samples(label, {name: x.detach().numpy() for name, x in model.named_parameters()})
+    return drawn
 
 
 @lru_cache(maxsize=2)
 def _draw_jax(n_draws: int, seed: int) -> Samples:
     import jax
+    from flax import nnx
 
-    drawn, leaves = _jax_sampler(n_draws)(jax.random.key(seed))
-    samples = {name: np.asarray(x) for name, x in drawn.items()}
-    return samples | _model_samples({name: np.asarray(x) for name, x in leaves.items()})
+    from omni_jax.config import ThinkerConfig
+    from omni_jax.thinker import ThinkerLM
+
+    samples = {name: np.asarray(x) for name, x in _jax_sampler(n_draws)(jax.random.key(seed)).items()}
+    rngs = nnx.Rngs(seed)  # one for all models, as a user with several would have it
+    for label, model in _MODELS.items():
+        fresh = ThinkerLM.from_config(ThinkerConfig(**model), rngs=rngs)
+        samples |= _model_samples(label, _jax_leaves(fresh))
+    return samples
+
+
+def _jax_leaves(model: Any) -> Samples:
+    """Parameters by dotted path."""
+    from flax import nnx
+
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat}
 
 
 @lru_cache(maxsize=2)
-def _jax_sampler(n_draws: int) -> Callable[[Any], tuple[dict[str, Any], dict[str, Any]]]:
-    """key → (samples of the schemes, leaves of a fresh model), all in one compiled call."""
+def _jax_sampler(n_draws: int) -> Callable[[Any], dict[str, Any]]:
+    """key → samples of the schemes, all in one compiled call."""
     import jax
     from flax import nnx
 
     from omni_jax.init import bias_default, embedding_default, init_linear, linear_default
-    from omni_jax.thinker import ThinkerLM
 
     shapes = _shapes(n_draws)
 
-    def draw(key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        keys = iter(jax.random.split(key, 9))
+    def draw(key: Any) -> dict[str, Any]:
+        keys = iter(jax.random.split(key, 8))
         samples = {}
         theirs = nnx.Linear(*shapes["weight"], rngs=nnx.Rngs(next(keys)))
         assert theirs.bias is not None
@@ -341,25 +415,25 @@ def _jax_sampler(n_draws: int) -> Callable[[Any], tuple[dict[str, Any], dict[str
         samples["default Linear weight"] = linear_default(next(keys), shapes["weight"])
         samples["default Linear bias"] = bias_default(shapes["bias"][0])(next(keys), shapes["bias"][1:])
         samples["default Embedding"] = embedding_default(next(keys), shapes["embedding"])
-        model = ThinkerLM(**_MODEL, rngs=nnx.Rngs(next(keys)))  # type: ignore[arg-type]
-        leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-        return samples, {".".join(map(str, path)): leaf[...] for path, leaf in leaves}
+        return samples
 
     # Compiling is all the cost here; how fast the program runs does not matter.
-    return jax.jit(draw, compiler_options={"xla_backend_optimization_level": 0})
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(draw, compiler_options=quick)
 
 
-def _model_samples(parameters: Samples) -> Samples:
+def _model_samples(label: str, parameters: Samples) -> Samples:
     """A model's tensors by the names of `_laws`; short ones are pooled, biases after division by their bound."""
-    samples, norms, biases = {}, [], []
-    fans = {"fc1": int(_MODEL["d_model"]), "fc2": int(_MODEL["d_ff"])}
+    samples, norms, biases, fans = {}, [], [], _model_fans(_MODELS[label])
     for name, x in parameters.items():
         path, leaf = name.rsplit(".", 1)
         if "norm" in path.rsplit(".", 1)[-1]:
             norms.append(x)
         elif leaf == "bias":
-            biases.append(x * np.float32(math.sqrt(fans[path.rsplit(".", 1)[-1]])))
+            biases.append(x * np.float32(math.sqrt(fans[path])))
         else:
-            samples[f"model {path}"] = x
-    samples["model norms"], samples["model biases / bound"] = np.concatenate(norms), np.concatenate(biases)
+            samples[f"{label} model {path}"] = x
+    for name, pool in zip(_POOLED, (norms, biases), strict=True):
+        if pool:
+            samples[f"{label} model {name}"] = np.concatenate(pool)
     return samples

@@ -16,14 +16,15 @@ CLAIM = (
 )
 BLIND = (
     "Inputs that were not tried: the verdict holds for the batches of parity/fixtures.py (left and right padding, "
-    "fully masked rows, T = 1, positions beyond 4,000, scores beyond ±50). Training mode (dropout is off). Decoding "
-    "with a cache. A mistake that both twins share: the frozen reference numbers in tests/golden stand against that."
+    "fully masked rows, T = 1; positions beyond 4,000 and scores beyond ±50 in float64 only). Training mode; decoding "
+    "with a cache; (B, T, T) masks. In bfloat16: whether statistics were kept in float32. A mistake that both twins "
+    "share: the frozen reference numbers in tests/golden stand against that."
 )
 CONTROLS = {
     "zeros": "zeros in place of the torch side's tensor",
     "sign flipped": "the tensor with its sign flipped",
     "another tensor": "another tensor of the same shape",
-    "eps 1e-6": "RMSNorm's eps a tenth of what it is, which np.allclose on float32 logits at 1e-3 does not see",
+    "eps 1e-6": "RMSNorm's eps a tenth of what it is; beside it, whether np.allclose on float32 logits at 1e-3 sees it",
 }
 
 
@@ -41,7 +42,9 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
             result.rows += case.calls.rows("logits", case.config, case.regime)
         result.notes += [f"{case.config}, {case.regime}, {case.precision}: {n}" for n in case.main.notes if "pins" in n]
     if scope.controls:
-        result.controls = simple_controls(seen, ("zeros", "sign flipped", "another tensor"), "logits")
+        result.controls = simple_controls(
+            seen, ("zeros", "sign flipped", "another tensor"), lambda name: name == "logits" or name.startswith("tap ")
+        )
         bug = eps_control(scope, seen, "logits")
         result.controls += [bug] if bug else []
     result.seconds = time.perf_counter() - started

@@ -49,7 +49,7 @@ def problem(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 def run(scope: Scope, progress: Progress) -> CheckResult:
     """Judge both twins against the oracle in float64 and float32."""
     from parity import oracle
-    from parity.checks.adamw import _merge
+    from parity.checks._steps import merge, pair_of_steps
     from parity.judge import Judge
     from parity.precision import resolve_device
 
@@ -58,7 +58,13 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
     start, grads = problem(scope.seed)
     names = list(start)
     devices = resolve_device(scope.device)
-    judge = Judge(_pair(names, start), draws=scope.draws, seed=scope.seed, devices=devices, device=scope.device)
+    judge = Judge(
+        pair_of_steps(_jax_steps, _torch_steps, start),
+        draws=scope.draws,
+        seed=scope.seed,
+        devices=devices,
+        device=scope.device,
+    )
     by_step = [{k: g[i] for k, g in grads.items()} for i in range(STEPS)]
     states, rates, norms = oracle.recipe(
         start, by_step, **RECIPE, min_ratio=MIN_RATIO, betas=BETAS, eps=EPS, weight_decay=DECAY
@@ -71,13 +77,13 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
     for done, precision in enumerate(precisions):
         progress(done, len(precisions), precision)
         findings = judge(start, inputs, precision, oracle=_stack(truth), origin=origin)
-        result.rows += findings.rows("recipe", "recipe", "synthetic gradients")
+        result.rows += findings.rows("recipe", "", "synthetic gradients")
         if scope.controls:
             result.controls += _controls(findings, by_step, rates, precision)
     progress(1, 1, "")
     if not precisions:
         result.error = f"recipe looks at {' and '.join(PRECISIONS)} only; ask for one of them with --precision"
-    result.controls = _merge(result.controls)
+    result.controls = merge(result.controls)
     result.seconds = time.perf_counter() - started
     return result
 
@@ -94,19 +100,6 @@ def _outputs(names: Sequence[str], rates: Any, norms: Any, clipped: Any, params:
 
 def _stack(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {k: np.asarray(np.stack([np.asarray(x) for x in v]), np.float64) for k, v in outputs.items()}
-
-
-def _pair(names: Sequence[str], start: Mapping[str, np.ndarray]):
-    from parity.pair import Pair
-    from parity.weights import Link
-
-    return Pair(
-        jax=lambda params, *grads: _jax_steps(params, dict(zip(names, grads))),
-        torch=lambda params, *grads: _torch_steps(params, dict(zip(names, grads))),
-        template=dict(start),
-        links=[Link(name, name) for name in names],
-        name="recipe",
-    )
 
 
 def _jax_steps(params: Any, grads: Any) -> dict[str, Any]:
@@ -154,7 +147,7 @@ def _torch_steps(params: Any, grads: Any) -> dict[str, Any]:
 def _controls(findings, by_step, rates, precision: str) -> list[Control]:
     from parity import oracle
     from parity.precision import unit_roundoff
-    from parity.verdict import Verdict, measure, subtract
+    from parity.verdict import Verdict, accepts
 
     base, warm, last = RECIPE["lr"], RECIPE["warmup_steps"], RECIPE["max_steps"]
     bare = [float(min(1.0, RECIPE["max_norm"] / oracle.global_norm(g))) for g in by_step]
@@ -181,7 +174,7 @@ def _controls(findings, by_step, rates, precision: str) -> list[Control]:
         passed = []
         for key, wrong in tensors.items():
             _, _, reference, noise = findings.values[key]
-            if measure(subtract(wrong, reference), noise.sigma * unit_roundoff(precision), noise.dof).excess <= 1.0:
+            if accepts(wrong, reference, noise, unit_roundoff(precision)):
                 passed.append(key)
         if name == "clip without 1e-6" and precision == "float32":
             continue

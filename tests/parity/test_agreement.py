@@ -91,3 +91,52 @@ def test_a_side_that_raises_could_not_be_looked_at(module, x):
     result = parity.compare(lambda params, x: net(params, x) + torch.zeros(1), module, PARAMS, [x])
     assert result.exit_code == 3
     assert result.checks[0].error
+
+
+def test_nan_on_both_sides_agrees_about_nothing(module, x):
+    """Weights or inputs that are NaN are no agreement, whatever both sides make of them."""
+    result = parity.compare(net, module, PARAMS, [np.full_like(x, np.nan)])
+    assert result.exit_code == 3
+    assert {row.verdict for row in result.checks[0].rows} == {"UNDETERMINED"}
+
+
+def test_a_tie_elsewhere_excuses_nothing_that_is_counted_as_agreement(x):
+    """An output that differs beside a tied top-k may be excused, but then the run has no answer."""
+
+    class Pick(torch.nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            return {"top": torch.topk(x, 2).values, "other": self.factor * x}
+
+    def pick(params, x):
+        return {"top": jax.lax.top_k(x, 2)[0], "other": 1.0 * x}
+
+    near = np.array([[1.0, 1.0 + 2.0**-52 * 4, 0.5, 1.0 - 2.0**-52]])
+    exact = np.array([[1.0, 1.0, 1.0, 0.5]])
+    for values in (near, exact):
+        for factor, codes in ((1.01, (1, 3)), (1.0, (0,))):
+            found = parity.compare(pick, Pick(factor), {}, [values], weights={}, precisions="float64")
+            assert found.exit_code in codes
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"inputs": "x"}, "wrap a single one"),
+        ({"precisions": ()}, "none given"),
+        ({"precisions": ("float65",)}, "float65"),
+    ],
+)
+def test_a_wrong_call_is_told_what_to_do(module, x, change, words):
+    arguments = {"inputs": [x], **change}
+    with pytest.raises(Misuse, match=words):
+        parity.compare(net, module, PARAMS, **arguments)
+
+
+def test_integers_that_jax_would_wrap_are_refused():
+    embed = torch.nn.Embedding(4, 3)
+    with pytest.raises(Misuse, match="beyond int32"):
+        parity.compare(lambda p, i: p["embedding"][i], embed, {"embedding": np.zeros((4, 3))}, [np.array([2**40])])

@@ -87,7 +87,7 @@ def test_thresholds_without_support_are_objected_to(record) -> None:
 
 
 def test_the_thresholds_have_teeth(record) -> None:
-    assert threshold(10**6, 1, 200.0) <= 4.0, "the RMS of a large tensor with a well known sigma"
+    assert threshold(10**6, 1, 200.0) <= 5.0, "the RMS of a large tensor with a well known sigma"
     assert set(record["bugs"]) == {"RMSNorm eps 1e-6 for 1e-5", "RoPE theta 10001 for 10000"}
     for bug, seen in record["bugs"].items():
         assert seen["draws"] >= 50, bug

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -33,23 +34,67 @@ def test_everything_is_looked_at_on_both_sides(measured):
     for scheme in ("xavier", "kaiming_relu", "default Linear"):
         assert sides[f"{scheme} weight"] == {"jax", "torch", "both"}
         assert {"jax", "torch"} <= sides[f"{scheme} bias"]
-    for name in ("default Embedding", "model tok_emb", "model lm_head", "model blocks.1.mlp.fc2"):
+    models = ("dense model tok_emb", "dense model blocks.1.mlp.fc2", "dense model biases / bound")
+    models += ("moe model lm_head", "moe model blocks.1.attn.k", "moe model blocks.0.moe.router")
+    for name in ("default Embedding", *models):
         assert sides[name] == {"jax", "torch", "both"}
-    for name in ("zero weight", "zero bias", "model norms", "all pairs of a model's tensors"):
+    pairs = [initializers._pairs(label) for label in ("dense", "moe")]
+    for name in ("zero weight", "zero bias", "dense model norms", "moe model norms", *pairs):
         assert sides[name] == {"jax", "torch"}
     for m in measured:
         assert m.decides != m.name.startswith(THIRD_PARTIES)
 
 
-def test_every_parameter_of_the_model_is_looked_at():
+def _kinds(parameters) -> set[str]:
+    """Names without the numbers of layers and experts."""
+    return {".".join(part for part in name.split(".") if not part.isdigit()) for name in parameters}
+
+
+def test_every_parameter_of_the_models_is_looked_at():
     from omni_torch.thinker import ThinkerLM
 
-    state = ThinkerLM(**initializers._MODEL).state_dict()
     laws = initializers._laws(initializers.N_DRAWS)
-    seen = {name.removeprefix("model ") for name in laws if name.startswith("model ")}
-    for key in state:
-        path, leaf = key.rsplit(".", 1)
-        assert path in seen or leaf == "bias" or "norm" in path, key
+    for label, model in initializers._MODELS.items():
+        ours = {name for name in laws if name.startswith(f"{label} model ")}
+        for draw in (initializers._draw_jax, initializers._draw_torch):
+            assert {name for name in draw(initializers.N_DRAWS, 0) if name.startswith(f"{label} model ")} == ours
+        for key in ThinkerLM(**model).state_dict():
+            path, leaf = key.rsplit(".", 1)
+            assert f"{label} model {path}" in ours or leaf == "bias" or "norm" in path, key
+
+
+def test_the_models_have_every_kind_of_parameter_between_them():
+    """Whatever the switches: the kinds inside the experts are those of a dense MLP."""
+    from omni_torch.thinker import ThinkerLM
+
+    sizes = {"vocab_size": 8, "n_layers": 1, "d_model": 8, "n_heads": 2, "d_ff": 4}
+
+    def kinds(model) -> set[str]:
+        return {kind.replace("moe.experts.", "mlp.") for kind in _kinds(ThinkerLM(**model).state_dict())}
+
+    drawn = set().union(*(kinds(model) for model in initializers._MODELS.values()))
+    for gqa, swiglu, moe in itertools.product([False, True], repeat=3):
+        assert kinds({**sizes, "use_gqa": gqa, "use_swiglu": swiglu, "use_moe": moe}) <= drawn
+
+
+@pytest.mark.parametrize("label", ["dense", "moe"])
+def test_the_constructor_of_the_jax_twin_keeps_the_same_laws(monkeypatch, label):
+    """It draws with jax.random, from_config with numpy; the check itself leaves it out for its compile time."""
+    import jax
+    from flax import nnx
+
+    from omni_jax.thinker import ThinkerLM
+
+    def state(key):
+        return nnx.state(ThinkerLM(**initializers._MODELS[label], rngs=nnx.Rngs(key)), nnx.Param)
+
+    drawn = jax.jit(state, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(0))
+    leaves = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(drawn)}
+    clean = initializers._draw_jax(initializers.N_DRAWS, 0)
+    built = initializers._model_samples(label, leaves)
+    assert not np.array_equal(built[f"{label} model lm_head"], clean[f"{label} model lm_head"])
+    monkeypatch.setattr(initializers, "_draw_jax", lambda *_: {**clean, **built})
+    assert [(m.name, m.side, m.worst) for m in initializers.measure() if m.rejected] == []
 
 
 def test_one_overall_error_level(measured):
@@ -87,7 +132,9 @@ def test_each_test_alone_sees_what_it_is_there_for():
 
 
 @pytest.mark.parametrize("side", ["jax", "torch"])
-@pytest.mark.parametrize("name", ["kaiming_relu weight", "model blocks.1.attn.o", "default Linear bias", "zero bias"])
+@pytest.mark.parametrize(
+    "name", ["kaiming_relu weight", "dense model blocks.1.attn.o", "default Linear bias", "zero bias"]
+)
 def test_a_fault_is_named_with_its_tensor_and_side(monkeypatch, side, name):
     drawer = f"_draw_{side}"
     clean = getattr(initializers, drawer)(initializers.N_DRAWS, 0)
@@ -97,25 +144,104 @@ def test_a_fault_is_named_with_its_tensor_and_side(monkeypatch, side, name):
 
 
 @pytest.mark.parametrize("side", ["jax", "torch"])
-def test_one_key_for_two_layers_is_named(monkeypatch, side):
+@pytest.mark.parametrize(("label", "part"), [("dense", "mlp.fc1"), ("moe", "moe.experts.2.up_proj")])
+def test_one_key_for_two_layers_is_named(monkeypatch, side, label, part):
     drawer = f"_draw_{side}"
     clean = getattr(initializers, drawer)(initializers.N_DRAWS, 0)
-    layers = {"model blocks.1.mlp.fc1": clean["model blocks.0.mlp.fc1"]}
-    monkeypatch.setattr(initializers, drawer, lambda *_: {**clean, **layers})
+    first, second = (f"{label} model blocks.{i}.{part}" for i in range(2))
+    monkeypatch.setattr(initializers, drawer, lambda *_: {**clean, second: clean[first]})
     (found,) = [m for m in initializers.measure() if m.rejected]
-    assert (found.name, found.side) == ("all pairs of a model's tensors", side)
-    assert found.worst.test == "correlation model blocks.0.mlp.fc1 × model blocks.1.mlp.fc1"
+    assert (found.name, found.side) == (initializers._pairs(label), side)
+    assert found.worst.test == f"correlation {first} × {second}"
 
 
-def test_a_wrong_gain_in_the_twin_itself_is_seen(monkeypatch):
+@pytest.fixture
+def fresh_draws():
+    """Faults that are put into the twins themselves must not stay in the cache of draws."""
+    drawers = (initializers._draw_jax, initializers._draw_torch)
+    for drawer in drawers:
+        drawer.cache_clear()
+    yield
+    for drawer in drawers:
+        drawer.cache_clear()
+
+
+def _wrong_torch_blocks(monkeypatch, before, after):
+    import omni_torch.thinker
+
+    class Wrong(omni_torch.thinker.Block):
+        def __init__(self, config):
+            before()
+            super().__init__(config)
+            after(self)
+
+    monkeypatch.setattr(omni_torch.thinker, "Block", Wrong)
+
+
+def _wrong_jax_draws(monkeypatch, change):
+    """`change` the drawn leaves, by dotted path."""
+    from flax import nnx
+
+    import omni_jax.thinker
+
+    draw = omni_jax.thinker._draw
+
+    def wrong(*args):
+        flat = nnx.to_flat_state(draw(*args))
+        change({".".join(map(str, path)): leaf for path, leaf in flat})
+        return nnx.from_flat_state(flat)
+
+    monkeypatch.setattr(omni_jax.thinker, "_draw", wrong)
+
+
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_a_zero_router_in_the_twin_itself_is_seen(monkeypatch, fresh_draws, side):
+    def zero(leaves):
+        for name, leaf in leaves.items():
+            if "router" in name:
+                leaf.set_value(0.0 * leaf[...])
+
+    if side == "jax":
+        _wrong_jax_draws(monkeypatch, zero)
+    else:
+        _wrong_torch_blocks(
+            monkeypatch, lambda: None, lambda block: block.use_moe and block.moe.router.weight.data.zero_()
+        )
+    rejected = {(m.name, m.side) for m in initializers.measure() if m.rejected}
+    routers = [f"moe model blocks.{i}.moe.router" for i in range(2)]
+    assert rejected == {(name, where) for name in routers for where in (side, "both")}
+
+
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_one_key_for_all_blocks_in_the_twin_itself_is_seen(monkeypatch, fresh_draws, side):
+    def copy(leaves):
+        for name, leaf in leaves.items():
+            if name.startswith("blocks.1.") and name.endswith("kernel"):
+                leaf.set_value(leaves[name.replace("blocks.1.", "blocks.0.")][...])
+
+    if side == "jax":
+        _wrong_jax_draws(monkeypatch, copy)
+    else:
+        import torch
+
+        _wrong_torch_blocks(monkeypatch, lambda: torch.manual_seed(7), lambda block: None)
+    rejected = {(m.name, m.side) for m in initializers.measure() if m.rejected}
+    assert {(initializers._pairs(label), side) for label in ("dense", "moe")} == rejected
+
+
+def test_a_model_of_zeros_is_rejected_and_not_a_crash(monkeypatch):
+    clean = initializers._draw_torch(initializers.N_DRAWS, 0)
+    zeros = {name: np.zeros_like(x) for name, x in clean.items() if name.startswith("moe model ")}
+    monkeypatch.setattr(initializers, "_draw_torch", lambda *_: {**clean, **zeros})
+    rejected = {(m.name, m.side) for m in initializers.measure() if m.rejected and m.side != "both"}
+    assert rejected == {(name, "torch") for name in (*zeros, initializers._pairs("moe"))}
+
+
+def test_a_wrong_gain_in_the_twin_itself_is_seen(monkeypatch, fresh_draws):
     import omni_torch.init
 
     monkeypatch.setitem(omni_torch.init._GAINS, "relu", 1.0)
-    initializers._draw_torch.cache_clear()
-    try:
-        rejected = {(m.name, m.side) for m in initializers.measure() if m.rejected}
-    finally:
-        initializers._draw_torch.cache_clear()
+    rejected = {(m.name, m.side) for m in initializers.measure() if m.rejected}
     assert rejected == {("kaiming_relu weight", "torch"), ("kaiming_relu weight", "both")}
 
 

@@ -498,3 +498,20 @@ def test_the_table(mutated, case, capsys) -> None:
         lines.append(f"{bug.name:36}{config:16}{z[0]:9.1e}{z[1]:9.1e}{seen[0]:>14}{seen[1]:>9}")
         assert z[0] > 1.0
     print("\n" + "\n".join(lines))
+
+
+def test_a_real_bug_ends_a_whole_run_with_exit_1(monkeypatch):
+    """Not only the judgement of a tensor: rows, controls, verdict and exit code of the run as the command makes it."""
+    import omni_torch.thinker
+    from parity.checks import Scope
+    from parity.runner import run
+
+    right = omni_torch.thinker.rope_frequencies
+    monkeypatch.setattr(
+        omni_torch.thinker, "rope_frequencies", lambda p, d, theta, dtype: right(p, d, theta + 1, dtype)
+    )
+    scope = Scope(configs=("gqa-swiglu",), regimes=("randomised",), precisions=("float64",))
+    result = run(scope, ("logits", "gradients"))
+    assert [str(check.verdict) for check in result.checks] == ["DIFFER", "DIFFER"]
+    assert result.exit_code == 1
+    assert any("the first tap that parts: blocks.0.attn" in row.evidence for row in result.checks[0].rows)
