@@ -255,7 +255,7 @@ def _trained(name: str, seed: int) -> dict[str, np.ndarray]:
     params: list[torch.Tensor] = list(model.parameters())
     states = [init_adamw_state(p) for p in params]
     for step in range(STEPS):
-        ids = torch.from_numpy(byte_like_ids(config.vocab_size, 8, 33, seed, step).astype(np.int64))
+        ids = torch.from_numpy(byte_like_ids(config.vocab_size, 4, 33, seed, step).astype(np.int64))
         loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
         grads = list(torch.autograd.grad(loss, params, allow_unused=True))
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
@@ -362,7 +362,8 @@ def clear_experts(tw: Twins, weights: Mapping[str, np.ndarray], precision: str) 
         model = measure_program(tracer.program(args, precision), args, draws=6)
         rows = np.ones(SHAPE[0], bool)
         for choice in model.choices:
-            rows &= ~choice.ties(unit_roundoff(precision)).reshape(SHAPE[0], -1).any(1)
+            # Twice the noise, because it is estimated from few draws here.
+            rows &= ~choice.ties(2 * unit_roundoff(precision)).reshape(SHAPE[0], -1).any(1)
         return rows
 
     return clear

@@ -614,7 +614,7 @@ def measure_program(program: Program, args: Sequence[Any], *, draws: int = 16, s
         moved = AMPLITUDE * np.where(np.isfinite(x), x, 0.0) * pool.like(x) / math.sqrt(3)
         return x + moved  # a mask's -inf stays where it is
 
-    moved, _ = sample(min(draws, 4), AMPLITUDE, shake=shake)
+    moved, _ = sample(min(draws, 3), AMPLITUDE, shake=shake)
     noise = []
     for error, move in zip(errors, moved):
         sigma, dof = pool_sigma(error)

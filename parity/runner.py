@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import logging
 import os
@@ -44,7 +45,7 @@ def run(
     """
     started, cpu_started = time.perf_counter(), time.process_time()
     wanted = set(only)
-    names = [name for name in checks.CHECKS if not wanted or name in wanted]
+    names = [name for name in checks.CHECKS if name in wanted or (not wanted and _has_precision(name, scope))]
     validate(scope, wanted, matmul)
     prepare()
     with settings(scope.device, matmul):
@@ -60,6 +61,12 @@ def run(
         cpu_seconds=time.process_time() - cpu_started,
         notes=[*notes, *_not_looked_at(scope, names, devices)],
     )
+
+
+def _has_precision(name: str, scope: Scope) -> bool:
+    """Whether a check that nobody named has any of the scope's precisions; if not, it is told as not looked at."""
+    known = getattr(checks.load(name), "PRECISIONS", scope.precisions)
+    return any(precision in known for precision in scope.precisions)
 
 
 def _run_checks(names: list[str], scope: Scope, progress: RunProgress) -> tuple[list[CheckResult], list[str]]:
@@ -219,6 +226,8 @@ def prepare() -> None:
             os.environ.setdefault(name, value)
         for logger in ("absl", "jax._src.xla_bridge", "jax._src.compiler", "jax._src.compilation_cache"):
             logging.getLogger(logger).setLevel(logging.ERROR)
+    # A run keeps what it makes (programs, findings): looking through all of it again and again finds no garbage.
+    gc.set_threshold(50_000, 50, 50)
     # Two frameworks share one GPU: JAX must not take three quarters of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.suppress(ImportError):

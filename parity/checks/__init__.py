@@ -37,7 +37,7 @@ class Scope:
     checkpoint: str | None = None
     text: str | None = None
     seed: int = 0
-    draws: int = 10
+    draws: int = 7
     controls: bool = True
 
 

@@ -39,7 +39,7 @@ CAUSES = {
     "optax.adamw": "subtracting 1 - beta^t in the working precision",
 }
 """Why third parties leave the oracle; parity/oracle.py tells it in full and emulates it."""
-DRAWS = 8
+DRAWS = 5
 """A hundred interpreted steps a draw are dear, and all but one of the tensors have elements to pool."""
 
 

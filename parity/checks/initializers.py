@@ -160,7 +160,8 @@ def controls(n_draws: int = N_DRAWS, seed: int = 0) -> list[Control]:
         router = "moe model blocks.1.moe.router"
         show("zero router", np.zeros_like(samples[router]), laws[router])
         for label, part in (("dense", "attn.qkv"), ("moe", "moe.experts.0.gate_proj")):
-            model = _varied(samples, label)
+            last = part.rsplit(".", 1)[-1]  # the layers of its kind are pairs enough
+            model = {name: x for name, x in _varied(samples, label).items() if name.endswith(last)}
             model[f"{label} model blocks.1.{part}"] = model[f"{label} model blocks.0.{part}"]
             shown["one key for two"].append(_pairs_test(model, level))
     show("flax default", drawn["jax"]["flax.nnx.Linear kernel"], default)
