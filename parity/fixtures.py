@@ -143,10 +143,13 @@ def twins(name: str, config: Any = None) -> Twins:
         }
 
     shared: dict[str, Any] = {"name": name}
+    main = pair_of(forward, module, template, loss=loss, torch_call=torch_forward, **shared)
+    # The shipped model, and whatever a user names, is compiled as users compile it.
+    main.hasty = name in CONFIGS and name != "shipped"
     return Twins(
         name,
         config,
-        pair_of(forward, module, template, loss=loss, torch_call=torch_forward, **shared),
+        main,
         pair_of(calls, module, template, torch_call=torch_calls, taps={}, **shared),
     )
 

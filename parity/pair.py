@@ -35,6 +35,8 @@ class Pair:
     taps: Mapping[str, str] | None = None
     name: str = "pair"
     torch_call: Callable[..., Any] | None = None
+    hasty: bool = False
+    """Compile for the CPU without LLVM's optimiser in every precision; XLA's own passes stay the same."""
 
     def jax_program(self) -> Callable[..., dict[str, Any]]:
         """The function whose noise is measured and which is compiled: outputs, and loss and gradients if asked for."""

@@ -91,7 +91,10 @@ class JaxSide:
                 if id(closed) not in self.compiled:
                     # The closed jaxpr is kept beside the function so that its id stays its own.
                     lowered = jax.jit(with_taps(closed)).lower(*jax.tree.leaves(args))
-                    self.compiled[id(closed)] = (lowered.compile(_compiler_options(precision, device)), closed)
+                    self.compiled[id(closed)] = (
+                        lowered.compile(_compiler_options(self.pair, precision, device)),
+                        closed,
+                    )
                 leaves, taps = self.compiled[id(closed)][0](*jax.tree.leaves(args))
                 if precision == "float64":
                     _demand_float64("jax", [x.dtype for x in leaves])
@@ -103,10 +106,14 @@ class JaxSide:
             raise CannotLook(f"the JAX side raised {type(error).__name__}: {_first_lines(error)}") from error
 
 
-def _compiler_options(precision: str, device: Any) -> Any:
-    """float32 is compiled as users compile it. The float64 question is about meaning, and bfloat16 on a CPU is
-    nobody's target: there LLVM's optimiser (not XLA's) is off, which halves the compile time."""
-    return {"xla_backend_optimization_level": 0} if device.platform == "cpu" and precision != "float32" else None
+def _compiler_options(pair: Pair, precision: str, device: Any) -> Any:
+    """float32 is compiled as users compile it, unless the pair asks for haste.
+
+    The float64 question is about meaning, and bfloat16 on a CPU is nobody's target: there LLVM's optimiser (not XLA's)
+    is off, which about halves the compile time.
+    """
+    hasty = pair.hasty or precision != "float32"
+    return {"xla_backend_optimization_level": 0} if device.platform == "cpu" and hasty else None
 
 
 class TorchSide:

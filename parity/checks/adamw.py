@@ -34,11 +34,6 @@ STEPS = (1, 10, 100)
 LR = 3e-3
 HYPER = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 PRECISIONS = ("float64", "float32")
-CAUSES = {
-    "torch.optim.AdamW": "rounding the factor 1 - lr*weight_decay",
-    "optax.adamw": "subtracting 1 - beta^t in the working precision",
-}
-"""Why third parties leave the oracle; parity/oracle.py tells it in full and emulates it."""
 DRAWS = 5
 """A hundred interpreted steps a draw are dear, and all but one of the tensors have elements to pool."""
 
@@ -167,13 +162,13 @@ def _third_parties(findings, start, grads, precision: str) -> list[Row]:
     dtype = format_of(precision).numpy
     by_step, rates, unit = _by_step(grads), [LR] * max(STEPS), unit_roundoff(precision)
     parties = {
-        "torch.optim.AdamW": (_torch_optim(start, by_step, precision), oracle.torch_adamw),
-        "optax.adamw": (_optax(start, by_step, precision), oracle.optax_adamw),
+        "torch.optim.AdamW": (_torch_optim(start, by_step, precision), oracle.torch_adamw, oracle.TORCH_CAUSE),
+        "optax.adamw": (_optax(start, by_step, precision), oracle.optax_adamw, oracle.OPTAX_CAUSE),
     }
     typed = {k: v.astype(dtype) for k, v in start.items()}
     exact = oracle.adamw(start, by_step, rates, **HYPER)
     rows = []
-    for party, (steps, emulate) in parties.items():
+    for party, (steps, emulate, cause) in parties.items():
         narrow = [{k: g.astype(dtype) for k, g in step.items()} for step in by_step]
         emulation = emulate(typed, narrow, rates, **HYPER, dtype=dtype.type)
         for n in STEPS:
@@ -190,7 +185,7 @@ def _third_parties(findings, start, grads, precision: str) -> list[Row]:
             words = "within its noise"
             share = oracle.explained(ours, oracle.displacement(emulation[n - 1], start), truth)
             if share > 1 / 2:  # a larger part of the deviation than what is left
-                words = f"{share:.0%} explained by {CAUSES[party]}"
+                words = f"{share:.0%} explained by {cause}"
             elif not distance.within:
                 words = "unexplained"
             rows.append(
