@@ -42,7 +42,7 @@ STEPS = 50
 
 _SMALL = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 40, "dropout": 0.1, "rope_theta": 10000.0, "ctx_len": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "mha-swiglu": {"vocab_size": 61, **_SMALL},
+    "mha-swiglu": {"vocab_size": 61, **_SMALL, "n_layers": 1},
     "gqa-swiglu": {"vocab_size": 131, **_SMALL, "use_gqa": True, "kv_groups": 2},
     "mha-gelu": {
         "vocab_size": 131, **_SMALL, "n_layers": 1, "n_heads": 2, "d_model": 24, "rope_theta": 5e5, "use_swiglu": False,
@@ -66,7 +66,8 @@ class Twins:
     pair: Pair
     """(tokens, targets, attention_mask, positions) -> logits, with the loss and so the gradients."""
     calls: Pair
-    """(tokens, attention_mask, far) -> logits at T = 1, at default positions, at far positions, and from embeddings."""
+    """(tokens, attention_mask, far) -> logits at T = 1, at default positions, from embeddings at far positions; and
+    the embeddings themselves."""
 
 
 def configuration(name: str) -> Any:
@@ -130,16 +131,17 @@ def twins(name: str, config: Any = None) -> Twins:
         return {
             "T = 1": net(tokens[:, :1]),
             "default positions": net(tokens, attention_mask=mask),
-            "far positions": net(tokens, positions=far),
-            "embeddings": net(embeddings=embeddings),
+            "far positions": net(embeddings=embeddings, positions=far),
+            "embeddings": embeddings,
         }
 
     def torch_calls(net, tokens, mask, far):
+        embeddings = net.tok_emb(tokens).detach()
         return {
             "T = 1": net(tokens[:, :1]),
             "default positions": net(tokens, attention_mask=mask),
-            "far positions": net(tokens, positions=far),
-            "embeddings": net(embeddings=net.tok_emb(tokens)),
+            "far positions": net(embeddings=embeddings, positions=far),
+            "embeddings": embeddings,
         }
 
     shared: dict[str, Any] = {"name": name}

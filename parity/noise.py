@@ -255,17 +255,26 @@ class _Run:
         env: dict[Any, np.ndarray] = dict(zip(values.constvars, consts))
         env.update(zip(values.invars, args))
         steps, results = _plan(values, types)
-        for eqn, typed, operands, whole, mover, dead in steps:
+        reference, tape, noise = self.reference, self.tape, self.noise
+        for eqn, typed, operands, whole, mover, rounds, dead in steps:
             inputs = [env[x] if known is None else known for x, known in operands]
             if whole:
                 # Integers and bools are the same in every draw, because every choice is replayed: computed once.
                 outputs = self.recall(partial(self.value, eqn, inputs))
-            elif mover is None or self.reference:
+            elif mover is None or reference:
                 outputs = self.equation(eqn, typed, inputs)
-            else:  # a draw repeats an exact step that the reference has been through
+            else:  # a draw repeats a step that the reference has been through: `equation` without its questions
                 outputs = mover(eqn, inputs)
+                if rounds:
+                    item = tape[self.at]
+                    self.at += 1
+                    if item is not None and noise is not None:
+                        outputs = noise(outputs, item)
                 outputs = outputs if isinstance(outputs, (list, tuple)) else (outputs,)
-            env.update(zip(eqn.outvars, outputs))
+            if len(outputs) == 1:
+                env[eqn.outvars[0]] = outputs[0]
+            else:
+                env.update(zip(eqn.outvars, outputs))
             for var in dead:
                 del env[var]
         return [env[x] if known is None else known for x, known in results]
@@ -287,7 +296,7 @@ class _Run:
             return self.top_k(eqn, inputs)
         if name == "sort":
             return self.sort(eqn, inputs)
-        if name == "convert_element_type" or name == "reduce_precision":
+        if name in CASTS:
             return [self.cast(eqn, typed, inputs[0])]
         if name not in RULES:
             raise CannotLook(
@@ -424,6 +433,7 @@ class _Run:
         return [*carry, *rows]
 
 
+CASTS = {"convert_element_type", "reduce_precision"}
 ACCUMULATES = {"dot_general", "conv_general_dilated", "reduce_sum", "reduce_window_sum"}
 
 
@@ -478,8 +488,8 @@ def _plan(values, types) -> tuple[list, list]:
     """What a jaxpr's evaluation needs at every draw, found once.
 
     Per equation: itself, its typed twin, its operands as (variable, None) or (None, literal), whether it yields only
-    integers and bools by an implementation of ours, its implementation if it neither rounds nor chooses, and the
-    variables that die with it (memory is that of live ones).
+    integers and bools by an implementation of ours, its implementation if it makes no choice, whether its one float
+    result is rounded, and the variables that die with it (memory is that of live ones).
     """
     key = (id(values), id(types))
     known = _PLANS.get(key)
@@ -503,9 +513,11 @@ def _plan(values, types) -> tuple[list, list]:
         counts = all(not _is_key(v.aval.dtype) and np.dtype(v.aval.dtype).kind in "iub" for v in eqn.outvars)
         whole = counts and RULES.get(eqn.primitive.name, 0) is None
         name = eqn.primitive.name
-        exact = RULES.get(name, 0) is None and name not in DISCRETE and name != "name"
-        mover = IMPLEMENTATIONS.get(name) if exact and name not in CALLS else None
-        steps.append((eqn, typed, [operand(x) for x in eqn.invars], whole, mover, dead.get(i, ())))
+        rounds = RULES.get(name) is not None
+        floats = len(eqn.outvars) == 1 and not counts
+        plain = name in RULES and name not in DISCRETE and name != "name" and name not in CALLS
+        mover = IMPLEMENTATIONS.get(name) if plain and name not in CASTS and (floats or not rounds) else None
+        steps.append((eqn, typed, [operand(x) for x in eqn.invars], whole, mover, rounds, dead.get(i, ())))
     if len(_PLANS) > 4096:
         _PLANS.clear()
     plan = (steps, [operand(x) for x in values.outvars])

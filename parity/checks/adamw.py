@@ -201,20 +201,22 @@ def _third_parties(findings, start, grads, precision: str) -> list[Row]:
 
 def _torch_optim(start, by_step, precision: str) -> dict[int, dict[str, np.ndarray]]:
     import torch
+    from torch.optim.adamw import adamw  # what optimizer.step() calls; the class imports torch's compiler, seconds
 
     dtype = getattr(torch, precision)
-    params = {k: torch.nn.Parameter(torch.from_numpy(np.array(v)).to(dtype)) for k, v in start.items()}
-    optimizer = torch.optim.AdamW(
-        params.values(), lr=LR, betas=HYPER["betas"], eps=HYPER["eps"], weight_decay=HYPER["weight_decay"],
-        foreach=False, fused=False,
-    )  # fmt: skip
+    tensors = lambda named: [torch.from_numpy(np.array(v)).to(dtype) for v in named.values()]  # noqa: E731
+    params, (beta1, beta2) = tensors(start), HYPER["betas"]
+    first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    counts = [torch.tensor(0.0) for _ in params]
     kept = {}
     for step, grads in enumerate(by_step, 1):
-        for name, p in params.items():
-            p.grad = torch.from_numpy(np.array(grads[name])).to(dtype)
-        optimizer.step()
+        gradients = tensors({k: grads[k] for k in start})
+        adamw(
+            params, gradients, first, second, [], counts, foreach=False, fused=False, amsgrad=False, beta1=beta1,
+            beta2=beta2, lr=LR, weight_decay=HYPER["weight_decay"], eps=HYPER["eps"], maximize=False,
+        )  # fmt: skip
         if step in STEPS:
-            kept[step] = {k: p.detach().double().numpy().copy() for k, p in params.items()}
+            kept[step] = {k: p.double().numpy().copy() for k, p in zip(start, params)}
     return kept
 
 
