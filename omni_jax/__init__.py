@@ -19,6 +19,16 @@ from .attention import (
     default_positions,
     make_attention_mask,
 )
+from .autodiff import (
+    grad_with_autograd_grad,
+    grad_with_backward,
+    grad_with_stopped_target,
+    grad_wrt_multiple_inputs,
+    jvp,
+    per_example_grads,
+    value_and_grad,
+    vjp,
+)
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -36,6 +46,20 @@ from .config import (
     ConfigReport,
     ThinkerConfig,
     read_config,
+)
+from .data import (
+    DataLoader,
+    NextTokenDataset,
+    PaddedBatch,
+    RandomCropSequenceDataset,
+    TensorPairDataset,
+    collate_next_token_batch,
+    epoch_order,
+    make_dataloader,
+    pad_1d_sequences,
+    prefetch_to_device,
+    token_batch,
+    token_stream,
 )
 from .init import (
     bias_default,
@@ -63,8 +87,10 @@ from .losses import (
 )
 from .optim import (
     AdamWState,
+    adamw,
     adamw_step,
     clip_grad_norm,
+    decay_mask,
     global_norm,
     init_adamw_state,
     warmup_cosine,
@@ -76,6 +102,24 @@ from .thinker import (
 )
 from .tokenizer import (
     BPETokenizer,
+)
+from .training import (
+    TrainConfig,
+    Trainer,
+    TrainState,
+    train,
+    train_step_mse,
+)
+from .training_utils import (
+    DebugRecord,
+    NumericalError,
+    check_gradient_explosion,
+    check_numerical_stability,
+    clip_gradients,
+    debug_training,
+    get_lr_scheduler,
+    set_seed,
+    validate_loss,
 )
 
 __all__ = [
@@ -103,11 +147,33 @@ __all__ = [
     "num_parameters",
     "cross_entropy",
     "next_token_loss",
+    "grad_with_autograd_grad",
+    "grad_with_backward",
+    "grad_wrt_multiple_inputs",
+    "value_and_grad",
+    "jvp",
+    "vjp",
+    "per_example_grads",
+    "grad_with_stopped_target",
+    "TensorPairDataset",
+    "NextTokenDataset",
+    "RandomCropSequenceDataset",
+    "PaddedBatch",
+    "pad_1d_sequences",
+    "collate_next_token_batch",
+    "DataLoader",
+    "make_dataloader",
+    "epoch_order",
+    "token_stream",
+    "token_batch",
+    "prefetch_to_device",
     "AdamWState",
     "init_adamw_state",
     "adamw_step",
     "global_norm",
     "clip_grad_norm",
+    "decay_mask",
+    "adamw",
     "warmup_cosine",
     "fan_in_fan_out",
     "xavier_uniform",
@@ -116,6 +182,20 @@ __all__ = [
     "linear_default",
     "bias_default",
     "embedding_default",
+    "NumericalError",
+    "validate_loss",
+    "check_numerical_stability",
+    "check_gradient_explosion",
+    "clip_gradients",
+    "get_lr_scheduler",
+    "set_seed",
+    "DebugRecord",
+    "debug_training",
+    "train_step_mse",
+    "TrainConfig",
+    "TrainState",
+    "Trainer",
+    "train",
     "CheckpointError",
     "Checkpoint",
     "LoadReport",

@@ -19,8 +19,11 @@ from .files import open_regular_file
 __all__ = ["PAD_ID", "BOS_ID", "EOS_ID", "ThinkerConfig", "ConfigReport", "read_config"]
 
 PAD_ID = 0
+"""Padding: ignored as a target, skipped by decoding."""
 BOS_ID = 1
+"""Begins every document."""
 EOS_ID = 2
+"""Ends every document."""
 
 # Keys of the family's files that say nothing about the shape of the model. They are listed, never guessed at.
 _TRAINING_KEYS = [

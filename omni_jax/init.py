@@ -45,6 +45,9 @@ def fan_in_fan_out(weight: Any) -> tuple[int, int]:
     embedding (V, D): V and D, by the same rule (torch's layout makes it D and V). `weight` is anything with a shape.
 
     Raises ValueError below two dimensions.
+
+    >>> fan_in_fan_out(jnp.zeros((5, 3))), fan_in_fan_out(jnp.zeros((3, 3, 4, 6)))
+    ((5, 3), (36, 54))
     """
     shape = tuple(weight.shape)
     if len(shape) < 2:
@@ -61,8 +64,15 @@ def xavier_uniform(
 ) -> Float[Array, "*shape"]:
     """U(±gain·√(6 / (fan_in + fan_out))); variance gain²·2 / (fan_in + fan_out).
 
+    shape: (..., in, out). Keeps the variance of signals forward and of gradients backward through linear layers, as
+    well as one number can do both.
+
     Raises ValueError below two dimensions, for a dtype that is not floating, for a gain that is negative or not finite.
     Source: Glorot & Bengio, AISTATS 2010, equation 16.
+
+    >>> weight = xavier_uniform(jax.random.key(0), (400, 200))
+    >>> bool(abs(weight).max() <= (6 / 600) ** 0.5), round(float(weight.std()), 2)  # √(2 / 600) = 0.058
+    (True, 0.06)
     """
     if not (math.isfinite(gain) and gain >= 0.0):
         raise ValueError(f"gain must be finite and ≥ 0, got {gain!r}; pass for example gain=1.0")
@@ -75,7 +85,8 @@ def kaiming_uniform(
 ) -> Float[Array, "*shape"]:
     """U(±gain·√(3 / fan_in)); variance gain² / fan_in.
 
-    Gains: linear 1, sigmoid 1, tanh 5/3, relu √2, leaky_relu √(2 / (1 + 0.01²)), selu 3/4.
+    shape: (..., in, out). Keeps the second moment of signals through layers of that nonlinearity. Gains: linear 1,
+    sigmoid 1, tanh 5/3, relu √2, leaky_relu √(2 / (1 + 0.01²)), selu 3/4.
 
     Raises ValueError below two dimensions, for a dtype that is not floating, for an unknown nonlinearity.
     Source: He et al., arXiv 1502.01852, equation 10 (fan_in mode).
@@ -88,9 +99,14 @@ def kaiming_uniform(
 def init_linear(layer: nnx.Linear, key: Array, scheme: str = "xavier") -> nnx.Linear:
     """A new Linear layer like `layer`: kernel by `scheme`, bias (if there is one) always zero. `layer` stays as it is.
 
-    scheme: "xavier", "kaiming_relu" or "zero" (which draws nothing from `key`).
+    scheme: "xavier", "kaiming_relu" or "zero" (weights too, and nothing is drawn from `key`: its outputs, and the
+    gradients behind it, are then 0).
 
     Raises ValueError for an unknown scheme and for anything that is not an nnx.Linear.
+
+    >>> layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    >>> init_linear(layer, jax.random.key(0), "xavier").bias[...].tolist()
+    [0.0, 0.0]
     """
     if not isinstance(layer, nnx.Linear):
         raise ValueError(
@@ -118,6 +134,8 @@ def init_linear(layer: nnx.Linear, key: Array, scheme: str = "xavier") -> nnx.Li
 def linear_default(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Float[Array, "*shape"]:
     """U(±1/√fan_in): what torch gives Linear and Conv weights (flax's own default is lecun_normal, √3 times as wide).
 
+    shape: (..., in, out).
+
     Raises ValueError below two dimensions and for a dtype that is not floating.
     """
     fan_in, _ = _fans(shape)
@@ -141,6 +159,8 @@ def bias_default(fan_in: int) -> Callable[..., Float[Array, "*shape"]]:
 
 def embedding_default(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Float[Array, "*shape"]:
     """N(0, 1): torch's Embedding (flax's own default has standard deviation 1/√D).
+
+    shape: any, (V, D) for an embedding.
 
     Raises ValueError for a dtype that is not floating.
     """

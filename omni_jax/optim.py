@@ -1,4 +1,4 @@
-"""AdamW from scratch, clipping by global norm, and the warm-up + cosine schedule, as pure functions over pytrees.
+"""AdamW from scratch, also for optax; clipping by global norm; the warm-up + cosine schedule: pure, over pytrees.
 
 Everything can be jitted, and params and state can be donated:
 
@@ -6,21 +6,26 @@ Everything can be jitted, and params and state can be donated:
 
 Arithmetic runs in promote_types(dtype, float32) and is rounded once into storage: float16 alone would turn eps = 1e-8
 into zero, and the update of a zero gradient into 0/0. What depends on values (NaN in a gradient) cannot raise inside a
-compiled program: it shows in the norm that `clip_grad_norm` returns.
+compiled program, only outside: there it shows in the norm that `clip_grad_norm` returns.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+
+if TYPE_CHECKING:
+    import optax
 
 __all__ = [
     "AdamWState",
@@ -28,6 +33,8 @@ __all__ = [
     "adamw_step",
     "global_norm",
     "clip_grad_norm",
+    "decay_mask",
+    "adamw",
     "warmup_cosine",
 ]
 
@@ -49,9 +56,13 @@ class AdamWState(NamedTuple):
 
 
 def init_adamw_state(params: Any) -> AdamWState:
-    """Zero moments like every leaf of `params` and t = 0.
+    """Zero moments like every leaf of `params` (of any shape, 0-d and empty too) and t = 0.
 
     Raises ValueError if a leaf is not of a real floating dtype.
+
+    >>> state = init_adamw_state({"w": jnp.ones((2, 3))})
+    >>> state.m["w"].shape, str(state.v["w"].dtype), int(state.t)
+    ((2, 3), 'float32', 0)
     """
     _check_floating("params", params)
     # Two separate trees: donating one buffer twice is an error.
@@ -78,15 +89,35 @@ def adamw_step(
         v ← β₂·v + (1 − β₂)·g²         v̂ = v / (1 − β₂ᵗ)
         p ← p − lr·(m̂ / (√v̂ + eps) + weight_decay·p)
 
-    The decay is decoupled: it never enters the moments. `lr` may be traced; betas, eps and weight_decay are Python
-    numbers. NaN and Inf in a gradient go through: look at the gradients' norm before the update.
+    grads, state.m, state.v: trees like params, of leaves of any shape. The decay is decoupled: it never enters the
+    moments. `lr` may be traced; betas, eps and weight_decay are Python numbers. A second moment too large for its
+    dtype is held at the largest number.
 
-    Raises ValueError, on the host, for leaves that are not floating point; for trees, shapes or dtypes that differ
-    between params, grads, m and v; for betas outside [0, 1); for an lr, eps or weight_decay that is negative or not
-    finite (an lr that is traced is not looked at).
+    Raises ValueError for leaves that are not floating point; for trees, shapes or dtypes that differ between params,
+    grads, m and v; for betas outside [0, 1); for an lr, eps or weight_decay that is negative or not finite; for NaN or
+    Inf in a gradient. What is traced has no values to look at: inside jax.jit NaN and Inf go through, into everything
+    they touch; keep the old trees until the gradients' norm has been seen, or wrap `adamw` in optax.apply_if_finite.
     Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
+
+    >>> p = jnp.array([1.0, -2.0])
+    >>> p, state = adamw_step(p, jnp.array([0.5, 4.0]), init_adamw_state(p), lr=0.1, weight_decay=0.0)
+    >>> [round(float(x), 4) for x in p], int(state.t)  # the first step is the gradient's sign
+    ([0.9, -2.1], 1)
     """
     _check_hyperparameters(lr, betas, eps, weight_decay)
+    return _update(params, grads, state, lr, betas, eps, [weight_decay] * len(jax.tree.leaves(params)))
+
+
+def _update(
+    params: Tree,
+    grads: Tree,
+    state: AdamWState,
+    lr: ArrayLike,
+    betas: tuple[float, float],
+    eps: float,
+    decays: Sequence[float],
+) -> tuple[Tree, AdamWState]:
+    """`adamw_step` with one weight decay per leaf, on hyperparameters that have been checked."""
     _check_floating("params", params)
     for name, tree in (("grads", grads), ("state.m", state.m), ("state.v", state.v)):
         _check_like_params(name, tree, params)
@@ -95,25 +126,26 @@ def adamw_step(
             f"state.t must be an integer scalar (the number of updates made), got {state.t!r}; start from "
             "init_adamw_state(params), where it is 0"
         )
+    _check_finite(grads)
     beta1, beta2 = betas
     t = state.t + 1
     # One correction per working dtype, shared by all leaves.
     wides = {_wide(p.dtype) for p in jax.tree.leaves(params)}
     corrections = {wide: (_bias_correction(beta1, t, wide), _bias_correction(beta2, t, wide)) for wide in wides}
 
-    def update(p: Array, g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
+    def update(p: Array, g: Array, m: Array, v: Array, weight_decay: float) -> tuple[Array, Array, Array]:
         dtype, wide = p.dtype, _wide(p.dtype)
         correction1, correction2 = corrections[wide]
         p, g, m, v = p.astype(wide), g.astype(wide), m.astype(wide), v.astype(wide)
-        m = beta1 * m + (1.0 - beta1) * g
-        v = beta2 * v + (1.0 - beta2) * (g * g)
+        m = _average(m, g, beta1)
+        v = jnp.minimum(_average(v, g * g, beta2), float(jnp.finfo(dtype).max))  # an infinite v would never come back
         direction = (m / correction1) / (jnp.sqrt(v / correction2) + eps) + weight_decay * p
         p = p - jnp.asarray(lr, wide) * direction
         return p.astype(dtype), m.astype(dtype), v.astype(dtype)
 
     leaves, treedef = jax.tree.flatten(params)
     rest = (jax.tree.leaves(tree) for tree in (grads, state.m, state.v))
-    updated = [update(*leaf) for leaf in zip(leaves, *rest, strict=True)]
+    updated = [update(*leaf) for leaf in zip(leaves, *rest, decays, strict=True)]
     new_p, new_m, new_v = (treedef.unflatten([row[i] for row in updated]) for i in range(3))
     return new_p, AdamWState(m=new_m, v=new_v, t=t)
 
@@ -122,6 +154,9 @@ def global_norm(grads: Any) -> Float[Array, ""]:
     """√Σ g² over all elements of all leaves, in the widest of their dtypes and float32; 0 for an empty tree.
 
     Raises ValueError for a leaf that is not floating point.
+
+    >>> float(global_norm([jnp.array([3.0, 0.0]), jnp.array(4.0)]))
+    5.0
     """
     _check_floating("grads", grads)
     leaves = jax.tree.leaves(grads)
@@ -138,6 +173,8 @@ def clip_grad_norm(grads: Tree, max_norm: float) -> tuple[Tree, Float[Array, ""]
     of what it touches and shows in the returned norm.
 
     Raises ValueError for a max_norm that is not above 0 and for a leaf that is not floating point.
+    Source: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks, arXiv 1211.5063,
+    algorithm 1.
     """
     _check_max_norm(max_norm)
     norm = global_norm(grads)
@@ -148,6 +185,82 @@ def clip_grad_norm(grads: Tree, max_norm: float) -> tuple[Tree, Float[Array, ""]
         return (g.astype(wide) * scale.astype(wide)).astype(g.dtype)
 
     return jax.tree.map(scaled, grads), norm
+
+
+def decay_mask(params: Tree) -> Tree:
+    """Which parameters weight decay is for, as a tree of bools like `params`: leaves of two or more dimensions.
+
+    Matrices, convolutions and embeddings decay; norm scales and biases, which are pulled towards 0 for nothing, do
+    not. Kernels have as many dimensions as torch's weights, so both twins decay the same parameters.
+
+    Source: karpathy/nanoGPT, model.py, configure_optimizers.
+
+    >>> decay_mask({"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)})
+    {'bias': False, 'kernel': True}
+    """
+    return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
+
+
+def adamw(
+    lr: ArrayLike | Callable[[Int[Array, ""]], ArrayLike],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """`adamw_step` as an optax transformation, to be chained: optax.chain(optax.clip_by_global_norm(1.0), adamw(3e-4)).
+
+    lr: a number, or a schedule of the number of updates made before (0 at the first). mask: a tree of bools like the
+    parameters, or a function from parameters to one (`decay_mask`); what is False does not decay; None decays all.
+    The state is an `AdamWState`. Put it last in a chain: what it returns are finished updates, learning rate and all.
+
+    optax wants updates u with p_new = p + u, so u = p_new − p. Where p and p_new are within a factor of two of each
+    other (nearly always) that difference is exact, and optax.apply_updates gives adamw_step's p_new to the last bit.
+    Elsewhere (a parameter near zero) u is rounded to half a unit in its own last place and p + u once more, so that the
+    last bit of p_new may differ. adamw_step has no such rounding, because it hands on the parameters and no difference;
+    use it (donated) where nothing else of optax is wanted.
+
+    Raises ValueError as `adamw_step` does; for an update without params; for a mask of another structure, or of other
+    things than bools.
+    Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
+
+    >>> import optax
+    >>> p = jnp.array([1.0, -2.0])
+    >>> optimizer = adamw(lambda count: 0.1 * warmup_cosine(count, 0, 6), weight_decay=0.0)
+    >>> updates, state = optimizer.update(jnp.array([0.5, 4.0]), optimizer.init(p), p)
+    >>> [round(float(x), 4) for x in optax.apply_updates(p, updates)], int(state.t)
+    ([0.9, -2.1], 1)
+    """
+    import optax
+
+    _check_hyperparameters(0.0 if callable(lr) else lr, betas, eps, weight_decay)
+
+    def decays(params: Any) -> list[float]:
+        tree = mask(params) if callable(mask) else mask
+        if tree is None:
+            return [weight_decay] * len(jax.tree.leaves(params))
+        ours, theirs = jax.tree.structure(tree), jax.tree.structure(params)
+        flags = jax.tree.leaves(tree)
+        if ours != theirs or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+            raise ValueError(
+                f"mask must be a tree of bools with the structure of params, {theirs}, got {ours}; pass decay_mask"
+            )
+        return [weight_decay if flag else 0.0 for flag in flags]
+
+    def init(params: Any) -> AdamWState:
+        decays(params)
+        return init_adamw_state(params)
+
+    def update(updates: Any, state: AdamWState, params: Any = None) -> tuple[Any, AdamWState]:
+        if params is None:
+            raise ValueError("params must be given, got None; call update(grads, state, params)")
+        rate = lr(state.t) if callable(lr) else lr
+        _check_hyperparameters(rate, betas, eps, weight_decay)
+        new, state = _update(params, updates, state, rate, betas, eps, decays(params))
+        return jax.tree.map(jnp.subtract, new, params), state
+
+    # optax's TransformInitFn and TransformUpdateFn are protocols with **extra arguments in some versions.
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def warmup_cosine(
@@ -165,6 +278,9 @@ def warmup_cosine(
     Raises ValueError for a step that is not an integer scalar or (as a Python number) negative, for a negative
     warmup_steps, for max_steps ≤ warmup_steps, for min_ratio outside [0, 1].
     Source: Loshchilov & Hutter, SGDR, arXiv 1608.03983, equation 5 (one period, no restart), with a linear start.
+
+    >>> [round(float(warmup_cosine(step, warmup_steps=2, max_steps=6)), 3) for step in range(8)]
+    [0.0, 0.5, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1]
     """
     _check_schedule(warmup_steps, max_steps, min_ratio)
     if not isinstance(step, jax.Array):
@@ -182,6 +298,15 @@ def warmup_cosine(
     left = jnp.clip(max_steps - step, 0, max_steps - warmup_steps).astype(dtype) / (max_steps - warmup_steps)
     share = jnp.square(jnp.sin(0.5 * math.pi * left))
     return jnp.where(step < warmup_steps, warm, share + (1.0 - share) * min_ratio)
+
+
+def _average(mean: Array, x: Array, beta: float) -> Array:
+    """β·mean + (1 − β)·x.
+
+    Written as mean + (1 − β)·(x − mean) where β is large: float32's 0.999 and 0.001 do not add up to 1, and β·mean +
+    (1 − β)·x drifts by 1.3e-5 of its value in the end.
+    """
+    return mean + (1.0 - beta) * (x - mean) if beta >= 0.5 else beta * mean + (1.0 - beta) * x
 
 
 def _bias_correction(beta: float, t: Int[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
@@ -232,14 +357,33 @@ def _check_like_params(name: str, tree: Any, params: Any) -> None:
                 )
 
 
+def _check_finite(grads: Any) -> None:
+    """Refuse NaN and Inf where there are values to look at: outside a trace."""
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    concrete = [(path, g) for path, g in leaves if not isinstance(g, Tracer)]
+    with jax.ensure_compile_time_eval():  # a gradient may be a constant of somebody's traced program
+        bad = {jax.tree_util.keystr(path): g.size - int(jnp.isfinite(g).sum()) for path, g in concrete}
+    for where, count in bad.items():
+        if count:
+            raise ValueError(
+                f"grads{where} holds NaN or Inf in {count} entries, all must be finite; skip this update (nothing was "
+                "changed)"
+            )
+
+
 def _check_hyperparameters(lr: ArrayLike, betas: Sequence[float], eps: float, weight_decay: float) -> None:
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}; pass for example betas=(0.9, 0.999)")
     named = [("eps", eps, "1e-8"), ("weight_decay", weight_decay, "0.01")]
+    if any(isinstance(x, Tracer) for x in (eps, weight_decay, *jax.tree.leaves(betas))):
+        raise ValueError(
+            "betas, eps and weight_decay must be Python numbers, got traced ones; pass "
+            'static_argnames=("betas", "eps", "weight_decay") to jax.jit'
+        )
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}; pass for example betas=(0.9, 0.999)")
     if jnp.ndim(lr):
         raise ValueError(f"lr must be a scalar, got shape {jnp.shape(lr)}; pass one number for all of params")
-    if isinstance(lr, (int, float)):
-        named.insert(0, ("lr", lr, "1e-3"))
+    if not isinstance(lr, Tracer):
+        named.insert(0, ("lr", float(np.asarray(lr)), "1e-3"))
     for name, value, example in named:
         if not (math.isfinite(value) and value >= 0.0):
             raise ValueError(f"{name} must be finite and ≥ 0, got {value!r}; pass for example {name}={example}")

@@ -54,7 +54,11 @@ def read_safetensors(stream: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def write_safetensors(stream: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write arrays under their names; equal arrays give equal files."""
+    """Write arrays under their names; equal arrays give equal files.
+
+    Raises:
+        CheckpointError: a dtype that the format does not have; nothing has been written then.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     own: list[np.ndarray] = []
     at = 0

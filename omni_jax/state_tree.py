@@ -26,7 +26,7 @@ def is_array(value: object) -> bool:
 
 
 def dtype_name(value: Array) -> str:
-    """The dtype's name, the same in both twins: float32, bfloat16, int64, bool ..."""
+    """The dtype's name of an array of any shape, the same in both twins: float32, bfloat16, int64, bool ..."""
     return value.dtype.name
 
 
@@ -36,7 +36,11 @@ def plain_number(value: Any) -> Any:
 
 
 def plain_tree(value: Any, name: str) -> Any:
-    """The value as dicts, lists, tuples, numbers, strings, None and arrays; an object by its state_dict or fields."""
+    """The value as dicts, lists, tuples, numbers, strings, None and arrays; an object by its state_dict or fields.
+
+    Raises:
+        CheckpointError: something else is in it; `name` says where.
+    """
     if isinstance(value, nnx.Variable):
         value = value.get_value()
     if is_array(value):

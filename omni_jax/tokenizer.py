@@ -111,13 +111,11 @@ class BPETokenizer:
         checked: list[int] = []
         for position, value in enumerate(ids):
             try:
-                if isinstance(value, bool | np.bool_):
-                    raise TypeError
-                number = operator.index(value)
+                number = None if isinstance(value, bool | np.bool_) else operator.index(value)
             except TypeError:
-                raise TokenIdError(
-                    f"ids[{position}] = {value!r} is not an integer; give one flat list of token ids"
-                ) from None
+                number = None
+            if number is None:
+                raise TokenIdError(f"ids[{position}] = {value!r} is not an integer; give one flat list of token ids")
             if not 0 <= number < self.vocab_size:
                 raise TokenIdError(
                     f"ids[{position}] = {number} is not a token id; allowed are 0 to {self.vocab_size - 1}; "

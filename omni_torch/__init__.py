@@ -17,6 +17,16 @@ from .attention import (
     default_positions,
     make_attention_mask,
 )
+from .autodiff import (
+    grad_with_autograd_grad,
+    grad_with_backward,
+    grad_with_stopped_target,
+    grad_wrt_multiple_inputs,
+    jvp,
+    per_example_grads,
+    value_and_grad,
+    vjp,
+)
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -34,6 +44,18 @@ from .config import (
     ConfigReport,
     ThinkerConfig,
     read_config,
+)
+from .data import (
+    NextTokenDataset,
+    PaddedBatch,
+    RandomCropSequenceDataset,
+    TensorPairDataset,
+    collate_next_token_batch,
+    epoch_order,
+    make_dataloader,
+    pad_1d_sequences,
+    token_batch,
+    token_stream,
 )
 from .init import (
     bias_default_,
@@ -61,10 +83,12 @@ from .losses import (
     next_token_loss,
 )
 from .optim import (
+    AdamW,
     AdamWState,
     adamw_step_,
     adamw_step_many_,
     clip_grad_norm_,
+    decay_mask,
     global_norm,
     init_adamw_state,
     warmup_cosine,
@@ -76,6 +100,24 @@ from .thinker import (
 )
 from .tokenizer import (
     BPETokenizer,
+)
+from .training import (
+    TrainConfig,
+    Trainer,
+    TrainState,
+    train,
+    train_step_mse,
+)
+from .training_utils import (
+    DebugRecord,
+    NumericalError,
+    check_gradient_explosion,
+    check_numerical_stability,
+    clip_gradients,
+    debug_training,
+    get_lr_scheduler,
+    set_seed,
+    validate_loss,
 )
 
 __all__ = [
@@ -103,12 +145,32 @@ __all__ = [
     "num_parameters",
     "cross_entropy",
     "next_token_loss",
+    "grad_with_autograd_grad",
+    "grad_with_backward",
+    "grad_wrt_multiple_inputs",
+    "value_and_grad",
+    "jvp",
+    "vjp",
+    "per_example_grads",
+    "grad_with_stopped_target",
+    "TensorPairDataset",
+    "NextTokenDataset",
+    "RandomCropSequenceDataset",
+    "PaddedBatch",
+    "pad_1d_sequences",
+    "collate_next_token_batch",
+    "make_dataloader",
+    "epoch_order",
+    "token_stream",
+    "token_batch",
     "AdamWState",
     "init_adamw_state",
     "adamw_step_",
     "adamw_step_many_",
     "global_norm",
     "clip_grad_norm_",
+    "decay_mask",
+    "AdamW",
     "warmup_cosine",
     "fan_in_fan_out",
     "xavier_uniform_",
@@ -118,6 +180,20 @@ __all__ = [
     "bias_default_",
     "embedding_default_",
     "default_init_",
+    "NumericalError",
+    "validate_loss",
+    "check_numerical_stability",
+    "check_gradient_explosion",
+    "clip_gradients",
+    "get_lr_scheduler",
+    "set_seed",
+    "DebugRecord",
+    "debug_training",
+    "train_step_mse",
+    "TrainConfig",
+    "TrainState",
+    "Trainer",
+    "train",
     "CheckpointError",
     "Checkpoint",
     "LoadReport",

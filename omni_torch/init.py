@@ -42,6 +42,9 @@ def fan_in_fan_out(weight: torch.Tensor) -> tuple[int, int]:
     and V, by the same rule.
 
     Raises ValueError below two dimensions.
+
+    >>> fan_in_fan_out(torch.empty(3, 5)), fan_in_fan_out(nn.Conv2d(4, 6, kernel_size=3).weight)
+    ((5, 3), (36, 54))
     """
     if weight.ndim < 2:
         raise ValueError(
@@ -55,8 +58,15 @@ def fan_in_fan_out(weight: torch.Tensor) -> tuple[int, int]:
 def xavier_uniform_(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
     """U(±gain·√(6 / (fan_in + fan_out))) in place; variance gain²·2 / (fan_in + fan_out). Returns `weight`.
 
+    weight: (out, in, ...). Keeps the variance of signals forward and of gradients backward through linear layers, as
+    well as one number can do both.
+
     Raises ValueError below two dimensions, for a dtype that is not floating, for a gain that is negative or not finite.
     Source: Glorot & Bengio, AISTATS 2010, equation 16.
+
+    >>> weight = xavier_uniform_(torch.empty(200, 400))
+    >>> bool(weight.abs().max() <= (6 / 600) ** 0.5), round(float(weight.std()), 2)  # √(2 / 600) = 0.058
+    (True, 0.06)
     """
     if not (math.isfinite(gain) and gain >= 0.0):
         raise ValueError(f"gain must be finite and ≥ 0, got {gain!r}; pass for example gain=1.0")
@@ -67,7 +77,8 @@ def xavier_uniform_(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
 def kaiming_uniform_(weight: torch.Tensor, nonlinearity: str = "relu") -> torch.Tensor:
     """U(±gain·√(3 / fan_in)) in place; variance gain² / fan_in. Returns `weight`.
 
-    Gains: linear 1, sigmoid 1, tanh 5/3, relu √2, leaky_relu √(2 / (1 + 0.01²)), selu 3/4.
+    weight: (out, in, ...). Keeps the second moment of signals through layers of that nonlinearity. Gains: linear 1,
+    sigmoid 1, tanh 5/3, relu √2, leaky_relu √(2 / (1 + 0.01²)), selu 3/4.
 
     Raises ValueError below two dimensions, for a dtype that is not floating, for an unknown nonlinearity.
     Source: He et al., arXiv 1502.01852, equation 10 (fan_in mode).
@@ -80,9 +91,12 @@ def kaiming_uniform_(weight: torch.Tensor, nonlinearity: str = "relu") -> torch.
 def init_linear_(layer: nn.Linear, scheme: str = "xavier") -> nn.Linear:
     """Initialise a Linear layer in place: weight by `scheme`, bias (if there is one) always zero. Returns `layer`.
 
-    scheme: "xavier", "kaiming_relu" or "zero".
+    scheme: "xavier", "kaiming_relu" or "zero" (weights too: its outputs, and the gradients behind it, are then 0).
 
     Raises ValueError for an unknown scheme and for anything that is not an nn.Linear.
+
+    >>> init_linear_(nn.Linear(3, 2), "xavier").bias.data
+    tensor([0., 0.])
     """
     if not isinstance(layer, nn.Linear):
         raise ValueError(
@@ -108,6 +122,8 @@ def init_linear_(layer: nn.Linear, scheme: str = "xavier") -> nn.Linear:
 def linear_default_(weight: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """U(±1/√fan_in) in place: what torch gives Linear and Conv weights (it writes Kaiming with a = √5).
 
+    weight: (out, in, ...). Returns it.
+
     Raises ValueError below two dimensions and for a dtype that is not floating.
     """
     fan_in, _ = fan_in_fan_out(weight)
@@ -116,6 +132,8 @@ def linear_default_(weight: torch.Tensor, generator: torch.Generator | None = No
 
 def bias_default_(bias: torch.Tensor, fan_in: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """U(±1/√fan_in) in place, with the fan_in of the weight that the bias belongs to: torch's Linear and Conv biases.
+
+    bias: of any shape. Returns it.
 
     Raises ValueError for a negative fan_in and for a dtype that is not floating.
     """
@@ -126,6 +144,8 @@ def bias_default_(bias: torch.Tensor, fan_in: int, generator: torch.Generator | 
 
 def embedding_default_(weight: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """N(0, 1) in place: torch's Embedding.
+
+    weight: of any shape, (V, D) for an embedding. Returns it.
 
     Raises ValueError for a dtype that is not floating.
     """

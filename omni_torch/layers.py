@@ -69,7 +69,11 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(vocab_size, d_model, padding_idx=None)
 
     def forward(self, tokens: Int[Tensor, "*B T"]) -> Float[Tensor, "*B T D"]:
-        """Ids (*B, T) to their rows of the table: (*B, T, D)."""
+        """Ids (*B, T) to their rows of the table: (*B, T, D).
+
+        Raises:
+            TokenIdError, ValueError: an id out of range; ids that are not integers.
+        """
         # Inside torch.compile the values are not known; F.embedding's own bounds check remains.
         if not torch.compiler.is_compiling():
             check_token_ids(tokens, self.num_embeddings)

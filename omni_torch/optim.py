@@ -1,4 +1,4 @@
-"""AdamW from scratch, clipping by global norm, and the warm-up + cosine schedule.
+"""AdamW from scratch, as functions and as an optimizer; clipping by global norm; the warm-up + cosine schedule.
 
 Every update happens in place under `torch.no_grad()`, and every argument is checked before anything is changed.
 Arithmetic runs in promote_types(dtype, float32) and is rounded once into storage: float16 alone would turn eps = 1e-8
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from torch import nn
 
 __all__ = [
     "AdamWState",
@@ -23,6 +24,8 @@ __all__ = [
     "adamw_step_many_",
     "global_norm",
     "clip_grad_norm_",
+    "decay_mask",
+    "AdamW",
     "warmup_cosine",
 ]
 
@@ -43,9 +46,13 @@ class AdamWState:
 
 
 def init_adamw_state(p: torch.Tensor) -> AdamWState:
-    """Zero moments like `p` and t = 0.
+    """Zero moments like `p` (of any shape, 0-d and empty too) and t = 0; they carry no gradient.
 
     Raises ValueError if `p` is not a dense tensor of a real floating dtype.
+
+    >>> state = init_adamw_state(torch.ones(2, 3))
+    >>> tuple(state.m.shape), state.v.dtype, state.t
+    ((2, 3), torch.float32, 0)
     """
     _check_floating("p", p)
     with torch.no_grad():
@@ -69,16 +76,24 @@ def adamw_step_(
         v ← β₂·v + (1 − β₂)·g²         v̂ = v / (1 − β₂ᵗ)
         p ← p − lr·(m̂ / (√v̂ + eps) + weight_decay·p)
 
-    The decay is decoupled: it never enters the moments. torch.optim.AdamW multiplies p by 1 − lr·weight_decay first,
-    which is the same in exact arithmetic.
+    p, grad, state.m, state.v: one shape, dtype and device, any of them. The decay is decoupled: it never enters the
+    moments. torch.optim.AdamW multiplies p by 1 − lr·weight_decay first, which is the same in exact arithmetic; in
+    float32 its rounded factor moves a parameter that should stay. A second moment too large for its dtype is held at
+    the largest number.
 
     Raises ValueError, before anything is changed, for a parameter that is not floating point; for shapes, dtypes or
     devices that differ between p, grad, m and v; for NaN or Inf in `grad`; for betas outside [0, 1); for an lr, eps
     or weight_decay that is negative or not finite.
     Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
+
+    >>> p = torch.tensor([1.0, -2.0])
+    >>> state = adamw_step_(p, torch.tensor([0.5, 4.0]), init_adamw_state(p), lr=0.1, weight_decay=0.0)
+    >>> p, state.t  # the first step is the gradient's sign
+    (tensor([ 0.9000, -2.1000]), 1)
     """
     _check_hyperparameters(lr, betas, eps, weight_decay)
-    _check_update("", p, grad, state)
+    _check_update("p", "grad", "state", p, grad, state)
+    _check_finite({"grad": grad})
     return _update_(p, grad, state, lr, betas, eps, weight_decay)
 
 
@@ -93,7 +108,8 @@ def adamw_step_many_(
 ) -> list[AdamWState]:
     """`adamw_step_` for every parameter in turn; returns the list of advanced states.
 
-    All or nothing: the lists' lengths and every single tensor are checked before the first one is changed.
+    Lists of any length, tensors of any shapes. All or nothing: the lists' lengths and every single tensor are checked
+    before the first one is changed.
 
     Raises ValueError as `adamw_step_` does, for lists of unequal length, and for a parameter that stands in the list
     twice (a tied weight takes one update with the sum of its gradients).
@@ -107,12 +123,13 @@ def adamw_step_many_(
     _check_hyperparameters(lr, betas, eps, weight_decay)
     first_seen: dict[int, int] = {}
     for i, (p, grad, state) in enumerate(zip(params, grads, states, strict=True)):
-        _check_update(f"[{i}]", p, grad, state)
+        _check_update(f"params[{i}]", f"grads[{i}]", f"states[{i}]", p, grad, state)
         if first_seen.setdefault(id(p), i) != i:
             raise ValueError(
                 f"params[{i}] is the same tensor as params[{first_seen[id(p)]}]: pass a tied weight once, with the "
                 "sum of its gradients"
             )
+    _check_finite({f"grads[{i}]": grad for i, grad in enumerate(grads)})
     return [
         _update_(p, grad, state, lr, betas, eps, weight_decay)
         for p, grad, state in zip(params, grads, states, strict=True)
@@ -123,6 +140,9 @@ def global_norm(grads: Iterable[torch.Tensor]) -> Float[torch.Tensor, ""]:
     """√Σ g² over all elements of all tensors, in the widest of their dtypes and float32; 0 for no tensors.
 
     Raises ValueError for a tensor that is not floating point.
+
+    >>> global_norm([torch.tensor([3.0, 0.0]), torch.tensor(4.0)])
+    tensor(5.)
     """
     grads = list(grads)
     wide = torch.float32
@@ -141,10 +161,12 @@ def clip_grad_norm_(grads: Iterable[torch.Tensor], max_norm: float) -> Float[tor
 
         g ← g · min(1, max_norm / (norm + 1e-6))
 
-    torch's form (torch.nn.utils.clip_grad_norm_): the 1e-6 stands beside the norm. A NaN or Inf gradient makes NaN of
-    what it touches and shows in the returned norm.
+    Tensors of any shapes; the norm is a scalar. torch's form (torch.nn.utils.clip_grad_norm_): the 1e-6 stands beside
+    the norm. A NaN or Inf gradient makes NaN of what it touches and shows in the returned norm.
 
     Raises ValueError for a max_norm that is not above 0 and for a tensor that is not floating point.
+    Source: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks, arXiv 1211.5063,
+    algorithm 1.
     """
     grads = list(grads)
     _check_max_norm(max_norm)
@@ -156,6 +178,129 @@ def clip_grad_norm_(grads: Iterable[torch.Tensor], max_norm: float) -> Float[tor
             # For float32 and float64 `.to` returns g itself, and the copy is of a tensor onto itself.
             g.copy_(g.to(wide).mul_(scale.to(device=g.device, dtype=wide)))
     return norm
+
+
+def decay_mask(model: nn.Module) -> dict[str, bool]:
+    """Which parameters weight decay is for, by name: those of two or more dimensions.
+
+    Matrices, convolutions and embeddings decay; norm scales and biases, which are pulled towards 0 for nothing, do
+    not. A parameter that two modules share stands there once, under its first name.
+
+    Source: karpathy/nanoGPT, model.py, configure_optimizers.
+
+    >>> decay_mask(nn.Linear(3, 2))
+    {'weight': True, 'bias': False}
+    """
+    return {name: p.ndim >= 2 for name, p in model.named_parameters()}
+
+
+class AdamW(torch.optim.Optimizer):
+    """`adamw_step_` for all parameters of a model, as a torch optimizer with torch.optim.AdamW's state_dict.
+
+    params: tensors, (name, tensor) pairs, or groups: dicts with "params" and, where they differ, their own lr, betas,
+    eps, weight_decay. To leave norms and biases undecayed:
+
+        mask = decay_mask(model)
+        groups = [{"params": [p for n, p in model.named_parameters() if mask[n]]},
+                  {"params": [p for n, p in model.named_parameters() if not mask[n]], "weight_decay": 0.0}]
+
+    The state of a parameter is {step, exp_avg, exp_avg_sq}, made at its first update, so that either optimizer goes on
+    from the other's state_dict (one with amsgrad or maximize is refused). Learning-rate schedulers work on it.
+
+    Raises ValueError for parameters that are not dense tensors of a real floating dtype, for one that stands in a
+    group twice, and for hyperparameters as `adamw_step_` does.
+    Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
+
+    >>> p = nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = AdamW([p], lr=0.1, weight_decay=0.0)
+    >>> (p**2).sum().backward()
+    >>> optimizer.step()
+    >>> p.data
+    tensor([ 0.9000, -1.9000])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
+        _check_hyperparameters(lr, betas, eps, weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take further parameters on, with hyperparameters of their own where the group names them.
+
+        Raises ValueError as the constructor does; the optimizer is then as it was.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_hyperparameters(*_hyperparameters(group))
+            for name, p in zip(_names(len(self.param_groups) - 1, group), group["params"], strict=True):
+                _check_floating(name, p)
+            if len({id(p) for p in group["params"]}) != len(group["params"]):
+                raise ValueError("a parameter stands in the group twice: pass a tied weight once")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()` of this optimizer or of torch.optim.AdamW over the same parameters.
+
+        Raises ValueError, before anything is changed, for amsgrad or maximize, for a parameter's state that is not
+        {step, exp_avg, exp_avg_sq}, and (torch's own check) for groups of other sizes.
+        """
+        for group in state_dict["param_groups"]:
+            for switch in ("amsgrad", "maximize"):
+                if group.get(switch):
+                    raise ValueError(f"{switch} must be off, got {group[switch]!r}; this AdamW is the plain algorithm")
+        for i, state in state_dict["state"].items():
+            if state and state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(
+                    f"state[{i}] must hold step, exp_avg and exp_avg_sq, got {', '.join(state)}; pass the "
+                    "state_dict of an AdamW"
+                )
+        super().load_state_dict(state_dict)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient; returns what `closure` (which may recompute them) returned.
+
+        All or nothing over all groups: NaN, Inf, a sparse gradient or a bad hyperparameter anywhere is seen before
+        the first parameter moves.
+
+        Raises ValueError as `adamw_step_` does.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        updates, grads = [], {}
+        for i, group in enumerate(self.param_groups):
+            hyper = _hyperparameters(group)
+            _check_hyperparameters(*hyper)
+            for name, p in zip(_names(i, group), group["params"], strict=True):
+                if p.grad is None:
+                    continue
+                saved = self.state.get(p)
+                state = (
+                    AdamWState(saved["exp_avg"], saved["exp_avg_sq"], int(saved["step"]))
+                    if saved
+                    else init_adamw_state(p)
+                )
+                _check_update(name, f"{name}.grad", f"state of {name}", p, p.grad, state)
+                grads[f"{name}.grad"] = p.grad
+                updates.append((p, state, hyper))
+        _check_finite(grads)
+        for p, state, hyper in updates:
+            _update_(p, p.grad, state, *hyper)
+            saved = self.state[p]
+            # torch counts in a 0-d float32 tensor on the CPU.
+            saved.setdefault("step", torch.tensor(0.0, dtype=torch.float32)).fill_(float(state.t))
+            saved["exp_avg"], saved["exp_avg_sq"] = state.m, state.v
+        return loss
 
 
 def warmup_cosine(step: int, warmup_steps: int, max_steps: int, min_ratio: float = 0.1) -> float:
@@ -170,6 +315,9 @@ def warmup_cosine(step: int, warmup_steps: int, max_steps: int, min_ratio: float
     Raises ValueError for a step that is not an integer or negative, for a negative warmup_steps, for
     max_steps ≤ warmup_steps, for min_ratio outside [0, 1].
     Source: Loshchilov & Hutter, SGDR, arXiv 1608.03983, equation 5 (one period, no restart), with a linear start.
+
+    >>> [round(warmup_cosine(step, warmup_steps=2, max_steps=6), 3) for step in range(8)]
+    [0.0, 0.5, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1]
     """
     _check_schedule(warmup_steps, max_steps, min_ratio)
     step = _check_step(step)
@@ -198,8 +346,8 @@ def _update_(
         # For float32 and float64 `.to` returns the tensor itself: these are in-place updates, and the copies at the
         # end are of tensors onto themselves.
         x, g, m, v = p.to(wide), grad.to(wide), state.m.to(wide), state.v.to(wide)
-        m.mul_(beta1).add_(g, alpha=1.0 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+        _average_(m, g, beta1)
+        _average_(v, g * g, beta2).clamp_(max=torch.finfo(p.dtype).max)  # an infinite v would never come back
         denominator = v.div(_bias_correction(beta2, t)).sqrt_().add_(eps)
         update = m.div(_bias_correction(beta1, t)).div_(denominator).add_(x, alpha=weight_decay)
         x.sub_(update, alpha=float(lr))  # checkpoints hold lr as a 0-d tensor at times
@@ -208,6 +356,15 @@ def _update_(
         state.v.copy_(v)
     state.t = t
     return state
+
+
+def _average_(mean: torch.Tensor, x: torch.Tensor, beta: float) -> torch.Tensor:
+    """mean ← β·mean + (1 − β)·x in place.
+
+    Written as mean + (1 − β)·(x − mean) where β is large: float32's 0.999 and 0.001 do not add up to 1, and β·mean +
+    (1 − β)·x drifts by 1.3e-5 of its value in the end.
+    """
+    return mean.lerp_(x, 1.0 - beta) if beta >= 0.5 else mean.mul_(beta).add_(x, alpha=1.0 - beta)
 
 
 def _bias_correction(beta: float, t: int) -> float:
@@ -229,9 +386,10 @@ def _check_floating(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}; call .to_dense() first")
 
 
-def _check_update(at: str, p: torch.Tensor, grad: torch.Tensor, state: AdamWState) -> None:
-    """Everything that could go wrong with one parameter's tensors, before any of them is changed."""
-    p_name, grad_name, state_name = ("p", "grad", "state") if not at else (f"params{at}", f"grads{at}", f"states{at}")
+def _check_update(
+    p_name: str, grad_name: str, state_name: str, p: torch.Tensor, grad: torch.Tensor, state: AdamWState
+) -> None:
+    """What could go wrong with one parameter's tensors (but for their values), before any of them is changed."""
     _check_floating(p_name, p)
     for name, x in ((grad_name, grad), (f"{state_name}.m", state.m), (f"{state_name}.v", state.v)):
         _check_floating(name, x)
@@ -247,12 +405,31 @@ def _check_update(at: str, p: torch.Tensor, grad: torch.Tensor, state: AdamWStat
             f"{state_name}.t must be an int ≥ 0 (the number of updates made), got {state.t!r}; start from "
             f"init_adamw_state({p_name}), where it is 0"
         )
-    if not bool(torch.isfinite(grad).all()):
-        bad = int((~torch.isfinite(grad)).sum())
-        raise ValueError(
-            f"{grad_name} holds NaN or Inf in {bad} of {grad.numel()} entries, all must be finite; skip this update "
-            "(nothing was changed)"
-        )
+
+
+def _check_finite(grads: dict[str, torch.Tensor]) -> None:
+    """Refuse NaN and Inf; the device is waited for once, not once per tensor."""
+    if not grads:
+        return
+    device = next(iter(grads.values())).device
+    fine = torch.stack([torch.isfinite(grad).all().to(device) for grad in grads.values()])
+    if bool(fine.all()):
+        return
+    name, grad = next(item for item, good in zip(grads.items(), fine.tolist(), strict=True) if not good)
+    bad = int((~torch.isfinite(grad)).sum())
+    raise ValueError(
+        f"{name} holds NaN or Inf in {bad} of {grad.numel()} entries, all must be finite; skip this update "
+        "(nothing was changed)"
+    )
+
+
+def _hyperparameters(group: dict[str, Any]) -> tuple[float, tuple[float, float], float, float]:
+    return group["lr"], group["betas"], group["eps"], group["weight_decay"]
+
+
+def _names(i: int, group: dict[str, Any]) -> list[str]:
+    """What to call a group's parameters in a message: their names, where the optimizer was given them."""
+    return group.get("param_names") or [f"param_groups[{i}]['params'][{j}]" for j in range(len(group["params"]))]
 
 
 def _say(value: object) -> str:
@@ -260,7 +437,7 @@ def _say(value: object) -> str:
 
 
 def _check_hyperparameters(lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> None:
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}; pass for example betas=(0.9, 0.999)")
     named = [("lr", lr, "1e-3"), ("eps", eps, "1e-8"), ("weight_decay", weight_decay, "0.01")]
     for name, value, example in named:

@@ -25,7 +25,7 @@ def is_array(value: object) -> bool:
 
 
 def dtype_name(value: Tensor) -> str:
-    """The dtype's name, the same in both twins: float32, bfloat16, int64, bool ..."""
+    """The dtype's name of an array of any shape, the same in both twins: float32, bfloat16, int64, bool ..."""
     return str(value.dtype).removeprefix("torch.")
 
 
@@ -35,7 +35,11 @@ def plain_number(value: Any) -> Any:
 
 
 def plain_tree(value: Any, name: str) -> Any:
-    """The value as dicts, lists, tuples, numbers, strings, None and arrays; an object by its state_dict or fields."""
+    """The value as dicts, lists, tuples, numbers, strings, None and arrays; an object by its state_dict or fields.
+
+    Raises:
+        CheckpointError: something else is in it; `name` says where.
+    """
     if is_array(value):
         return _own_array(value)
     if isinstance(value, np.generic):

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from omni_jax.optim import AdamWState, adamw_step, clip_grad_norm, global_norm, init_adamw_state, warmup_cosine
+from omni_jax.optim import (
+    AdamWState,
+    adamw,
+    adamw_step,
+    clip_grad_norm,
+    decay_mask,
+    global_norm,
+    init_adamw_state,
+    warmup_cosine,
+)
 
 SHAPES = [(), (0,), (1,), (5,), (3, 4), (2, 3, 2)]
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -325,3 +334,258 @@ def test_schedule_refuses_float_and_array_steps():
     for step in (jnp.float32(1.0), jnp.arange(3)):
         with pytest.raises(ValueError, match="integer scalar"):
             warmup_cosine(step, 2, 10)
+
+
+# --- what happens at the edges of the number range -------------------------------------------------------------------
+
+
+def test_a_constant_gradient_keeps_its_average():
+    """float32's 0.999 and 0.001 add up to 1 − 1.3e-5·0.001: a plain weighted sum would drift away by 6e-6 of g."""
+    grad = jnp.asarray([0.3, 1.7, -2.3])
+
+    @jax.jit
+    def run(p):
+        body = lambda _, carry: adamw_step(carry[0], grad, carry[1], 1e-3, weight_decay=0.0)  # noqa: E731
+        return jax.lax.fori_loop(0, 3000, body, (p, init_adamw_state(p)))[1]
+
+    state = run(jnp.zeros(3))
+    share, g = 1 - 0.999**3000, np.asarray(grad)
+    u = float(jnp.finfo(jnp.float32).eps)
+    # A rounding to nearest may stop an average as far away as half an ulp over 1 − β.
+    assert np.all(np.abs(np.asarray(state.m) - g) <= u / 0.1 * np.abs(g))
+    assert np.all(np.abs(np.asarray(state.v) - share * g**2) <= u / 0.001 / 8 * g**2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_an_overflowing_second_moment_comes_back(dtype):
+    p = jnp.zeros(2, dtype)
+    state = init_adamw_state(p)
+    huge = jnp.full((2,), 6e4 if dtype == jnp.float16 else 1e38, dtype)
+    for grad in (huge, huge, jnp.zeros_like(huge)):
+        p, state = jitted(p, grad, state, 1e-3)
+    assert bool(jnp.isfinite(p).all())
+    assert bool(jnp.isfinite(state.v).all())
+    assert float(state.v[0]) < float(jnp.finfo(dtype).max)
+
+
+# --- NaN, donation, trees --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_gradients_are_refused_where_there_are_values(bad):
+    params = {"a": jnp.ones(2), "b": jnp.ones((2, 2))}
+    grads = {"a": jnp.ones(2), "b": jnp.ones((2, 2)).at[1, 0].set(bad)}
+    state = init_adamw_state(params)
+    with pytest.raises(ValueError, match=r"grads\['b'\] holds NaN or Inf in 1 entries"):
+        adamw_step(params, grads, state, 1e-2)
+    assert all(bool((p == 1).all()) for p in params.values())
+    assert int(state.t) == 0
+    # Inside jit there is nothing to look at: it goes through, and shows.
+    new, state = jitted(params, grads, state, 1e-2)
+    assert bool(jnp.isfinite(new["a"]).all())
+    assert not bool(jnp.isfinite(new["b"]).all())
+    constant = grads  # a constant of somebody's program has values
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        jax.jit(lambda p, s: adamw_step(p, constant, s, 1e-2))(params, init_adamw_state(params))
+
+
+@pytest.mark.parametrize("name", ["betas", "eps", "weight_decay"])
+def test_traced_hyperparameters_are_refused_with_the_remedy(name):
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match="static_argnames"):
+        jax.jit(adamw_step)(params, params, init_adamw_state(params), 1e-2, **{name: HYPER[name]})
+
+
+def test_concrete_learning_rates_are_checked_whatever_they_are():
+    params = {"w": jnp.ones(2)}
+    for lr in (np.float32(-1.0), jnp.float32(-1.0), jnp.float32(math.nan), np.float64(math.inf)):
+        with pytest.raises(ValueError, match="lr must be finite"):
+            adamw_step(params, params, init_adamw_state(params), lr)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_every_buffer_is_really_donated(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params, grads = tree_of(dtype), tree_of(dtype, 1)
+        state = init_adamw_state(params)
+        step = jax.jit(
+            adamw_step, static_argnames=("betas", "eps", "weight_decay"), donate_argnames=("params", "state")
+        )
+        new, after = step(params, grads, state, **HYPER)
+        old = jax.tree.leaves((params, state))
+        assert all(x.is_deleted() for x in old if x.size)
+        assert not any(x.is_deleted() for x in jax.tree.leaves((new, after, grads)))
+        assert {x.dtype for x in jax.tree.leaves((new, after.m, after.v))} == {jnp.dtype(dtype)}
+
+
+def test_an_nnx_state_can_be_donated():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model, nnx.Param)
+    params = jax.tree.map(jnp.copy, params)
+    x = jnp.ones((2, 3))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x) ** 2))(params)
+        return adamw_step(params, grads, state, 1e-2)
+
+    new, state = step(params, init_adamw_state(params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    assert int(step(new, state)[1].t) == 2
+
+
+def test_jit_and_no_jit_agree_to_the_last_places():
+    params, grads = tree_of(jnp.float32), tree_of(jnp.float32, 1)
+    eager, _ = adamw_step(params, grads, init_adamw_state(params), **HYPER)
+    fused, _ = jitted(params, grads, init_adamw_state(params), **HYPER)
+    u = float(jnp.finfo(jnp.float32).eps)
+    for name, p in eager.items():  # a fused multiply and add rounds once where two operations round twice
+        bound = u * (np.abs(np.asarray(p)) / 2 + 4 * HYPER["lr"])
+        assert np.all(np.abs(np.asarray(p) - np.asarray(fused[name])) <= bound)
+
+
+# --- adamw, for optax ------------------------------------------------------------------------------------------------
+
+
+def test_decay_mask():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+    params = nnx.split(model, nnx.Param)[1]
+    mask = decay_mask(params)
+    assert jax.tree.structure(mask) == jax.tree.structure(params)
+    flat = {".".join(map(str, path)): flag for path, flag in nnx.to_flat_state(mask)}
+    shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(params)}
+    assert {k: bool(jax.tree.leaves(v)[0]) for k, v in flat.items()} == {k: len(s) >= 2 for k, s in shapes.items()}
+    assert decay_mask({"a": jnp.ones(()), "b": None, "c": jnp.ones((2, 2, 2))}) == {"a": False, "b": None, "c": True}
+
+
+def near(before, after):
+    """Where a parameter keeps its sign and stays within a factor of two, p − q is exact (Sterbenz)."""
+    small, large = np.minimum(np.abs(before), np.abs(after)), np.maximum(np.abs(before), np.abs(after))
+    return (np.sign(before) == np.sign(after)) & (large <= 2 * small)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_adamw_is_adamw_step_bit_for_bit_within_a_factor_of_two(dtype):
+    import optax
+
+    with jax.enable_x64(dtype == "float64"):
+        rng = np.random.default_rng(3)
+        p = {"w": jnp.asarray(0.1 * rng.normal(size=4000), dtype), "b": jnp.asarray(rng.normal(size=()), dtype)}
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), dtype), p)
+        optimizer = adamw(**HYPER)
+        updates, state = optimizer.update(grads, optimizer.init(p), p)
+        got = optax.apply_updates(p, updates)
+        want, wanted_state = adamw_step(p, grads, init_adamw_state(p), **HYPER)
+        assert isinstance(state, AdamWState)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, state, wanted_state))
+        wide = lambda tree: np.asarray(tree["w"], np.float64)  # noqa: E731
+        exact = near(wide(p), wide(want))
+        assert 0.8 < exact.mean() < 1.0
+        assert np.array_equal(wide(got)[exact], wide(want)[exact])
+        # Elsewhere: u is off by half an ulp of itself, and p + u is rounded again.
+        eps = float(jnp.finfo(dtype).eps)
+        bound = eps * (np.abs(wide(updates)) / 2 + np.abs(wide(want)))
+        assert np.all(np.abs(wide(got) - wide(want)) <= bound)
+        assert got["w"].dtype == p["w"].dtype
+
+
+def test_adamw_inside_a_chain_and_jit():
+    import optax
+
+    params, grads = tree_of(jnp.float32), tree_of(jnp.float32, 1, 5.0)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw(3e-3, weight_decay=0.1))
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    want, wanted = params, init_adamw_state(params)
+    scale = 1 / global_norm(grads)
+    clipped = jax.tree.map(lambda g: g * scale, grads)
+    for _ in range(3):
+        params, state = step(params, state, grads)
+        want, wanted = jitted(want, clipped, wanted, 3e-3, weight_decay=0.1)
+    assert int(state[1].t) == 3
+    u = float(jnp.finfo(jnp.float32).eps)
+    for name, p in params.items():
+        assert np.all(np.abs(np.asarray(p) - np.asarray(want[name])) <= 3 * u * (np.abs(np.asarray(p)) + 8 * 3e-3))
+
+
+def test_adamw_takes_a_schedule_of_the_updates_made_before():
+    params = {"w": jnp.ones(2)}
+    optimizer = adamw(lambda count: 0.5 * warmup_cosine(count, 2, 4), weight_decay=0.0)
+    state, moves = optimizer.init(params), []
+    for _ in range(5):
+        updates, state = jax.jit(optimizer.update)(params, state, params)
+        moves.append(-float(updates["w"][0]))
+    want = [0.5 * float(warmup_cosine(step, 2, 4)) for step in range(5)]
+    assert np.allclose(moves, want, rtol=0, atol=4 * float(jnp.finfo(jnp.float32).eps))
+    assert moves[0] == 0.0
+
+
+@pytest.mark.parametrize("mask", [decay_mask, {"w": True, "b": False}])
+def test_adamw_decays_what_the_mask_says(mask):
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    optimizer = adamw(0.5, weight_decay=0.5, mask=mask)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert updates["w"].tolist() == [[-0.25, -0.25], [-0.25, -0.25]]
+    assert updates["b"].tolist() == [0.0, 0.0]
+    every = adamw(0.5, weight_decay=0.5)
+    assert every.update(zeros, every.init(params), params)[0]["b"].tolist() == [-0.25, -0.25]
+
+
+def test_adamw_works_under_optax_wrappers_and_on_nnx_states():
+    import optax
+
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    part = optax.masked(adamw(0.5), {"w": True, "b": False})
+    updates, _ = part.update(params, part.init(params), params)
+    assert updates["b"].tolist() == [1.0, 1.0]  # optax hands on what it leaves out
+    assert float(updates["w"][0, 0]) < 0
+    careful = optax.apply_if_finite(adamw(0.5), max_consecutive_errors=3)
+    bad = {"w": jnp.full((2, 2), jnp.nan), "b": jnp.ones(2)}
+    with jax.numpy_dtype_promotion("standard"):  # optax's own counters
+        updates, state = jax.jit(careful.update)(bad, careful.init(params), params)
+    assert not any(bool(u.any()) for u in jax.tree.leaves(updates))
+    assert int(state.inner_state.t) == 0
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    tree = nnx.split(model, nnx.Param)[1]
+    optimizer = adamw(0.1, mask=decay_mask)
+    updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
+    assert jax.tree.structure(optax.apply_updates(tree, updates)) == jax.tree.structure(tree)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": jnp.ones(2)}, "lr must be a scalar"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"betas": 0.9}, "betas"),
+        ({"eps": math.nan}, "eps"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"mask": {"w": True}}, "mask must be a tree of bools"),
+        ({"mask": {"w": 1, "b": 0}}, "mask must be a tree of bools"),
+    ],
+)
+def test_what_adamw_refuses(change, message):
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=message):
+        adamw(**{"lr": 0.1, **change}).init(params)
+
+
+def test_what_its_updates_refuse():
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    optimizer = adamw(lambda count: -1.0)
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match="params must be given"):
+        optimizer.update(params, state)
+    with pytest.raises(ValueError, match="lr must be finite"):
+        optimizer.update(params, state, params)
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        adamw(0.1).update(jax.tree.map(lambda x: x * jnp.nan, params), state, params)
+    with pytest.raises(ValueError, match="real floating dtype"):
+        adamw(0.1).init({"w": jnp.ones(2, jnp.int32)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from omni_torch.optim import (
+    AdamW,
     AdamWState,
     adamw_step_,
     adamw_step_many_,
     clip_grad_norm_,
+    decay_mask,
     global_norm,
     init_adamw_state,
     warmup_cosine,
@@ -315,3 +318,264 @@ def test_schedule_without_warmup_and_down_to_zero():
 def test_schedule_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         warmup_cosine(*arguments)
+
+
+# --- what happens at the edges of the number range -------------------------------------------------------------------
+
+
+def test_a_constant_gradient_keeps_its_average():
+    """float32's 0.999 and 0.001 add up to 1 − 1.3e-5·0.001: a plain weighted sum would drift away by 6e-6 of g."""
+    p, grad = torch.zeros(3), torch.tensor([0.3, 1.7, -2.3])
+    state = init_adamw_state(p)
+    for _ in range(3000):
+        state = adamw_step_(p, grad, state, 1e-3, weight_decay=0.0)
+    share = 1 - 0.999**3000
+    u = torch.finfo(torch.float32).eps
+    # A rounding to nearest may stop an average as far away as half an ulp over 1 − β.
+    assert bool(((state.m - grad).abs() <= u / 0.1 * grad.abs()).all())
+    assert bool(((state.v - share * grad**2).abs() <= u / 0.001 / 8 * grad**2).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_overflowing_second_moment_comes_back(dtype):
+    p = torch.zeros(2, dtype=dtype)
+    state = init_adamw_state(p)
+    huge = torch.full((2,), 6e4 if dtype is torch.float16 else 1e38, dtype=dtype)
+    for grad in (huge, huge, torch.zeros_like(huge)):
+        state = adamw_step_(p, grad, state, 1e-3)
+    assert bool(torch.isfinite(p).all())
+    assert bool(torch.isfinite(state.v).all())
+    assert float(state.v[0]) < torch.finfo(dtype).max
+
+
+def test_bfloat16_keeps_its_dtypes_for_many_steps():
+    p = torch.ones(4, dtype=torch.bfloat16)
+    state = init_adamw_state(p)
+    for _ in range(5):
+        state = adamw_step_(p, torch.ones_like(p), state, 0.25)
+    assert p.dtype is state.m.dtype is state.v.dtype is torch.bfloat16
+    assert bool((p < 0).all())
+
+
+# --- AdamW, the optimizer --------------------------------------------------------------------------------------------
+
+
+def small_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2, bias=False))
+
+
+def backward(model, seed):
+    model.zero_grad()
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+    (model(x) ** 2).mean().backward()
+
+
+def test_decay_mask():
+    model = small_model()
+    assert decay_mask(model) == {
+        "0.weight": True, "0.bias": False, "1.weight": False, "1.bias": False, "2.weight": True,
+    }  # fmt: skip
+    tied = torch.nn.ModuleList([model[0], model[0]])
+    assert list(decay_mask(tied)) == ["0.weight", "0.bias"]
+    assert decay_mask(torch.nn.Embedding(3, 2)) == {"weight": True}
+
+
+def test_the_optimizer_is_adamw_step():
+    ours, want = small_model(), small_model()
+    optimizer = AdamW(ours.parameters(), **HYPER)
+    states = [init_adamw_state(p) for p in want.parameters()]
+    for seed in range(4):
+        backward(ours, seed)
+        optimizer.step()
+        backward(want, seed)
+        adamw_step_many_(list(want.parameters()), [p.grad for p in want.parameters()], states, **HYPER)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), want.parameters(), strict=True))
+    for p, state in zip(ours.parameters(), states, strict=True):
+        saved = optimizer.state[p]
+        assert torch.equal(saved["exp_avg"], state.m)
+        assert torch.equal(saved["exp_avg_sq"], state.v)
+        assert float(saved["step"]) == state.t == 4
+
+
+def test_groups_have_their_own_hyperparameters():
+    model, plain = small_model(), small_model()
+    mask = decay_mask(model)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named.items() if mask[n]]},
+        {"params": [p for n, p in named.items() if not mask[n]], "weight_decay": 0.0, "lr": 2e-2},
+    ]
+    optimizer = AdamW(groups, **HYPER)
+    backward(model, 0)
+    optimizer.step()
+    backward(plain, 0)
+    for name, p in plain.named_parameters():
+        hyper = HYPER if mask[name] else {**HYPER, "weight_decay": 0.0, "lr": 2e-2}
+        adamw_step_(p, p.grad, init_adamw_state(p), **hyper)
+        assert torch.equal(p, named[name]), name
+
+
+def test_parameters_without_gradient_are_left_out():
+    model = small_model()
+    optimizer = AdamW(model.parameters(), **HYPER)
+    backward(model, 0)
+    model[0].bias.grad = None
+    kept = model[0].bias.clone()
+    optimizer.step()
+    assert torch.equal(model[0].bias, kept)
+    assert model[0].bias not in optimizer.state
+    AdamW(small_model().parameters()).step()  # nothing to do is no error
+
+
+def test_the_closure_runs_with_gradients_on():
+    model = small_model()
+    optimizer = AdamW(model.parameters(), **HYPER)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(torch.ones(2, 4)) ** 2).mean()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        first = optimizer.step(closure)
+    assert first.requires_grad
+    assert optimizer.step(closure).item() < first.item()
+    assert optimizer.step() is None
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf", "sparse", "lr", "betas", "eps", "weight_decay"])
+def test_a_fault_anywhere_refuses_the_whole_step(fault):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters()}]
+    optimizer = AdamW(groups, **HYPER)
+    backward(model, 0)
+    optimizer.step()
+    backward(model, 1)
+    last = model[1].weight
+    bad = {"lr": -1.0, "betas": (0.9, 1.0), "eps": math.nan, "weight_decay": math.inf}
+    if fault in bad:
+        optimizer.param_groups[1][fault] = bad[fault]
+    elif fault == "sparse":
+        last.grad = last.grad.to_sparse()
+    else:
+        last.grad[0, 1] = math.nan if fault == "nan" else math.inf
+    kept = [p.clone() for p in model.parameters()]
+    saved = [{k: x.clone() for k, x in optimizer.state[p].items()} for p in model.parameters()]
+    match = {"nan": r"param_groups\[1\]\['params'\]\[0\].grad holds NaN", "inf": "holds NaN or Inf", "sparse": "dense"}
+    with pytest.raises(ValueError, match=match.get(fault, fault)):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept, strict=True))
+    for p, before in zip(model.parameters(), saved, strict=True):
+        assert all(torch.equal(optimizer.state[p][k], x) for k, x in before.items())
+
+
+def test_names_show_in_messages():
+    model = small_model()
+    optimizer = AdamW(model.named_parameters())
+    backward(model, 0)
+    model[2].weight.grad.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"2\.weight\.grad holds NaN or Inf in 6 of 6"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1e-3}, "lr"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"betas": 0.9}, "betas"),
+        ({"eps": -1.0}, "eps"),
+        ({"weight_decay": math.nan}, "weight_decay"),
+        ({"params": [torch.zeros(2, dtype=torch.int64)]}, "real floating dtype"),
+        ({"params": [{"params": [torch.zeros(2)], "lr": -1.0}]}, "lr"),
+        ({"params": []}, "empty parameter list"),
+    ],
+)
+def test_what_the_constructor_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdamW(**{"params": [torch.zeros(2)], **arguments})
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    optimizer = AdamW([torch.zeros(2)])
+    with pytest.raises(ValueError, match="real floating dtype"):
+        optimizer.add_param_group({"params": [torch.zeros(2, dtype=torch.int32)]})
+    p = torch.zeros(2)
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="tied weight"):
+        optimizer.add_param_group({"params": [p, p]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [p], "weight_decay": 0.0})
+    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("direction", ["ours to torch", "torch to ours", "ours to ours"])
+def test_state_dicts_are_interchangeable(direction):
+    makers = {"ours": AdamW, "torch": torch.optim.AdamW}
+    source, _, target = direction.split()
+    model = small_model()
+    first = makers[source](model.parameters(), **HYPER)
+    for seed in range(3):
+        backward(model, seed)
+        first.step()
+    twin = small_model()
+    twin.load_state_dict(model.state_dict())
+    second = makers[target](twin.parameters(), lr=0.5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # as from a file: torch hands the tensors themselves on
+    assert second.param_groups[0]["lr"] == HYPER["lr"]
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert second.state[b].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for name, x in first.state[a].items():
+            assert torch.equal(second.state[b][name], x)
+            assert second.state[b][name].dtype is x.dtype
+    for seed in range(3, 6):
+        backward(model, seed)
+        first.step()
+        backward(twin, seed)
+        second.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        if source == target:
+            assert torch.equal(a, b)
+        assert bool(((a - b).abs() <= 64 * torch.finfo(torch.float32).eps).all())
+        assert float(second.state[b]["step"]) == 6.0
+
+
+@pytest.mark.parametrize("switch", ["amsgrad", "maximize"])
+def test_states_of_another_algorithm_are_refused(switch):
+    model = small_model()
+    theirs = torch.optim.AdamW(model.parameters(), **{switch: True})
+    ours = AdamW(model.parameters(), lr=0.25)
+    with pytest.raises(ValueError, match=switch):
+        ours.load_state_dict(theirs.state_dict())
+    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    backward(model, 0)
+    momentum.step()
+    with pytest.raises(ValueError, match="step, exp_avg and exp_avg_sq"):
+        ours.load_state_dict(momentum.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.25
+
+
+def test_schedulers_work_on_it():
+    model = small_model()
+    optimizer = AdamW(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 2, 4))
+    rates = []
+    for seed in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        backward(model, seed)
+        optimizer.step()
+        scheduler.step()
+    assert rates == [warmup_cosine(step, 2, 4) for step in range(5)]
+
+
+def test_float64_and_0d_and_empty_parameters():
+    params = [torch.nn.Parameter(torch.tensor(x)) for shape in SHAPES for x in draws(shape, 1)]
+    optimizer = AdamW(params, **HYPER)
+    want = [p.detach().clone() for p in params]
+    for p, alone in zip(params, want, strict=True):
+        p.grad = torch.ones_like(p)
+        adamw_step_(alone, p.grad, init_adamw_state(alone), **HYPER)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, want, strict=True))

@@ -1,0 +1,543 @@
+"""Train steps, and the trainer of ThinkerLM with everything a long run needs: checkpoints, resume, validation, Ctrl-C.
+
+What an update does is a pure function of (weights, moments, seed, step): batches and dropout are drawn from the seed
+and the step alone. So a run that was interrupted goes on as if it had not been, in this twin to the last bit, and a
+run that the other twin began goes on from its files (dropout's masks differ there: each framework has its generator).
+
+Shapes: A micro-batches of an update, B batch, T time, N any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from .checkpoint import _torch_key, export_weights, load_checkpoint, load_weights, save_checkpoint
+from .config import BOS_ID, EOS_ID, PAD_ID, ThinkerConfig, read_config
+from .data import token_batch, token_stream
+from .interrupt import Interrupt
+from .layers import check_token_ids, statistics_dtype
+from .losses import cross_entropy
+from .optim import AdamWState, adamw_step, clip_grad_norm, init_adamw_state, warmup_cosine
+from .progress import TrainingProgress
+from .run_folder import RunFolder, fingerprint_of
+from .thinker import ThinkerLM
+from .tokenizer import BPETokenizer
+from .train_config import TrainConfig
+from .training_format import BETAS, EPS, optimizer_dict, saved_moments, scheduler_dict
+from .training_text import counted, document_rows, read_documents, split_documents
+from .training_utils import NumericalError, validate_loss
+
+__all__ = ["train_step_mse", "TrainConfig", "TrainState", "Trainer", "train"]
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+_DROPOUT = 1  # keeps dropout's random numbers apart from what else the seed draws
+
+
+def train_step_mse(
+    model: Model,
+    batch: tuple[Any, Any],
+    optimizer: Any,
+    opt_state: Any,
+) -> tuple[Model, Any, float]:
+    """One step of training on the mean squared error, with any optax optimizer; (new model, new state, loss before).
+
+        loss = mean((model(x) − y)²)
+
+    Pure: the given model stays as it was, and the new one is in training mode. Compiled once per structure of the
+    model, optimizer and shapes. The loss is computed in promote_types(dtype, float32).
+
+    Args:
+        batch: (x, y), arrays of JAX or numpy; y has exactly the shape of model(x), whatever that is. Nothing is
+            broadcast.
+        optimizer: an optax.GradientTransformation; keep the object, since another one is compiled anew.
+        opt_state: at first optimizer.init(nnx.state(model, nnx.Param)), then what the step before returned.
+
+    Raises:
+        ValueError: y has another shape than the prediction, or is empty.
+    """
+    x, y = batch
+    new = nnx.clone(model)
+    new.train()  # part of the graphdef: one program, whichever mode the given model was in
+    graphdef, params, rest = nnx.split(new, nnx.Param, ...)
+    params, rest, opt_state, loss = _mse_step(graphdef, optimizer, params, rest, opt_state, x, y)
+    return nnx.merge(graphdef, params, rest), opt_state, float(loss)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "optimizer"))
+def _mse_step(graphdef: Any, optimizer: Any, params: Any, rest: Any, opt_state: Any, x: Array, y: Array) -> tuple:
+    import optax
+
+    def loss_of(params: Any) -> tuple[Array, Any]:
+        model = nnx.merge(graphdef, params, rest, copy=True)  # a copy: its counters move inside this trace
+        loss = _mean_squared_error(model(x), y)
+        return loss, nnx.split(model, nnx.Param, ...)[2]  # what is no parameter moves too: dropout's counters
+
+    (loss, rest), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    with jax.numpy_dtype_promotion("standard"):  # optax's own code does not run under "strict"
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return params, rest, opt_state, loss
+
+
+def _mean_squared_error(pred: Float[Array, "*N"], y: Array) -> Float[Array, ""]:
+    # (B, 1) against (B,) would broadcast to (B, B): a loss that falls, of something else.
+    if pred.shape != y.shape or y.size == 0:
+        raise ValueError(
+            f"batch: y has shape {tuple(y.shape)} and model(x) {tuple(pred.shape)}: they must be the same, and not "
+            "empty; reshape y, for example y[:, None]"
+        )
+    wide = statistics_dtype(pred.dtype)
+    return jnp.mean(jnp.square(pred.astype(wide) - y.astype(wide)))
+
+
+@dataclass
+class TrainState:
+    """Where a run is: all that its next step depends on beside the configuration and the text.
+
+    params: parameters, a tree as nnx.split gives it (donated to the next step: copy what must outlive it); optimizer:
+    AdamW's moments, trees alike; step: updates made; best_val_loss: the lowest validation loss so far, nats per token,
+    inf before the first.
+    """
+
+    params: Any
+    optimizer: AdamWState
+    step: int
+    best_val_loss: float
+
+
+class _Metrics(NamedTuple):
+    """What an update leaves on the device beside the state; from the first bad update on, that one's."""
+
+    ok: Array
+    loss: Array
+    grad_norm: Array
+    lr: Array
+
+
+class Trainer:
+    """Trains a ThinkerLM on a stream of token ids, and keeps the run in a folder.
+
+    An update takes gradient_accumulation_steps micro-batches of batch_size rows, sums nats and gradients over them,
+    and divides once by the number of predicted tokens (Σ nats / Σ tokens, right for unequal counts); then clips by the
+    global norm, and makes an AdamW update at lr · warmup_cosine(step). Loss or gradients that are not finite end the
+    run before anything is changed.
+
+    The folder gets config.json, run.json (a fingerprint of the ids), last.pt (at the start, every checkpoint_freq
+    steps, and whenever a run ends), best.pt (at each lowest validation loss) and metrics.jsonl: step, loss of that
+    step, lr, grad_norm before clipping, tokens predicted in the step, tokens_per_second, val_loss where it was taken.
+
+    Runs on JAX's default device. The update is one compiled program with donated state, and the host waits for it only
+    where a line of metrics, a validation or a checkpoint is due. With use_amp the parameters are cast to bfloat16 for
+    each forward pass; validation computes in float32.
+
+    Args:
+        ids: the training documents end to end, as `token_stream` gives them.
+        val_ids: the validation documents likewise; empty for no validation.
+        out: the folder; its parents are made.
+        resume: go on with the run in `out`, whichever twin began it.
+        quiet: show nothing on stderr.
+
+    Raises:
+        ValueError: ids that are no ids of the model or fewer than a row (ctx_len + 1); `out` already holds a run and
+            `resume` is False, or holds none, or one with other settings or ids, and `resume` is True.
+        CheckpointError: last.pt is damaged or not this model's.
+    """
+
+    def __init__(
+        self,
+        config: ThinkerConfig,
+        train_config: TrainConfig,
+        ids: Int[np.ndarray, " N"],
+        val_ids: Int[np.ndarray, " M"],
+        out: str | os.PathLike[str],
+        resume: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        self.config, self.train_config, self.quiet = config, train_config, quiet
+        self.folder = RunFolder(out)
+        self._ids, val_ids = _checked_ids("ids", ids, config), _checked_ids("val_ids", val_ids, config)
+        if len(self._ids) <= config.ctx_len:
+            raise ValueError(
+                f"ids has {len(self._ids)} tokens, must have at least ctx_len + 1 = {config.ctx_len + 1}; give more "
+                "text, or lower ctx_len"
+            )
+        self._rows_NBT = document_rows(val_ids, config.ctx_len, train_config.batch_size)
+        self._settings = config.to_dict() | train_config.to_dict()
+        self._fingerprint = fingerprint_of(self._ids, val_ids)
+        if resume:
+            self.folder.check_same(self._settings, self._fingerprint)
+        else:
+            self.folder.check_free()
+        self._started = resume
+        names: list[tuple] = []
+        nnx.eval_shape(lambda: _named_parameters(ThinkerLM(**config.to_dict(), rngs=nnx.Rngs(0)), names))
+        self._keys = [_torch_key(name) for name in names]
+        model = ThinkerLM.from_config(config, rngs=nnx.Rngs(train_config.seed))
+        model.eval()
+        self._eval_graphdef = nnx.graphdef(model)
+        model.train()
+        self._graphdef, params, self._rest = nnx.split(model, nnx.Param, ...)
+        self.state = TrainState(params, init_adamw_state(params), 0, math.inf)
+        if resume:
+            self._restore()
+        self._metrics = _Metrics(jnp.array(True), *(jnp.zeros((), jnp.float32) for _ in range(3)))
+        self._tokens = 0
+
+    @property
+    def model(self) -> ThinkerLM:
+        """A model with the weights of `state`, in training mode; the next step takes their memory."""
+        return nnx.merge(self._graphdef, self.state.params, self._rest, copy=True)
+
+    def run(self, until: int | None = None) -> TrainState:
+        """Train up to max_steps, or up to step `until`, from where the run is; last.pt holds the result.
+
+        Raises:
+            NumericalError: NaN or Inf came up; last.pt holds the state before it.
+            KeyboardInterrupt: after Ctrl-C, once the step is finished and last.pt written (at once after the second).
+            ValueError: `until` is below the run's step or above max_steps.
+            OSError: a file cannot be written.
+        """
+        train, state = self.train_config, self.state
+        until = train.max_steps if until is None else until
+        if not state.step <= until <= train.max_steps:
+            raise ValueError(
+                f"until={until} is not allowed: must be {state.step} (the run's step) to {train.max_steps}"
+            )
+        if not self._started:
+            self.folder.start(self._settings, self._fingerprint)
+            self._save()
+            self._started = True
+        saved = state.step
+        with Interrupt() as interrupt, TrainingProgress(train.max_steps, state.step, self.quiet) as progress:
+            clock, tokens = time.perf_counter(), 0
+            try:
+                while state.step < until and not interrupt.requested:
+                    tokens += self._update()
+                    ended = state.step == train.max_steps
+                    validated = len(self._rows_NBT) > 0 and (state.step % train.val_freq == 0 or ended)
+                    if state.step % train.print_freq == 0 or validated or ended:
+                        metrics = self._read_metrics()  # waits for the device
+                        rate = tokens / (time.perf_counter() - clock)
+                        record = {"step": state.step} | metrics | {"tokens_per_second": round(rate, 1)}
+                        if validated:
+                            record["val_loss"] = self._validated()
+                        self.folder.append_metrics(record)
+                        progress.update(state.step, record["loss"], rate, record.get("val_loss"))
+                        clock, tokens = time.perf_counter(), 0
+                    if state.step % train.checkpoint_freq == 0:
+                        self._save()
+                        saved = state.step
+                # Not in a finally: another error may have come between two tensors of an update.
+                if saved != state.step:
+                    self._save()
+            except NumericalError:
+                self._save()
+                raise
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        return state
+
+    def validate(self) -> float:
+        """Mean nats per predicted token of the validation documents, in evaluation mode; inf if there are none."""
+        counts = counted(self._rows_NBT)
+        if not counts:
+            return math.inf
+        nats = _validation(self._eval_graphdef, self.state.params, self._rest, self._rows_NBT)
+        # Summed in float64: float32 would lose digits over many batches.
+        return _shortest(math.fsum(np.asarray(nats).tolist()) / counts)
+
+    def _update(self) -> int:
+        """Hand one step to the device, and return how many tokens it predicts, without waiting."""
+        state = self.state
+        tokens_ABT = self._batch()
+        state.params, state.optimizer, self._metrics = _train_step(
+            self._graphdef, self.train_config, state.params, state.optimizer, self._metrics, self._rest, tokens_ABT
+        )
+        state.step += 1
+        self._tokens = counted(tokens_ABT)
+        return self._tokens
+
+    def _read_metrics(self) -> dict[str, Any]:
+        """Loss, lr, grad_norm and tokens of the last step, once it is known that no step went bad."""
+        ok, loss, grad_norm, lr = jax.device_get(self._metrics)
+        if not ok:
+            # From the bad update on, the device changed nothing, and its count of updates stood still.
+            self.state.step = int(self.state.optimizer.t)
+            self._metrics = self._metrics._replace(ok=jnp.array(True))
+            _must_be_finite(self.state.step, float(loss), float(grad_norm))
+        return {
+            "loss": _shortest(loss),
+            "lr": _shortest(lr),
+            "grad_norm": _shortest(grad_norm),
+            "tokens": self._tokens,
+        }
+
+    def _batch(self) -> Int[np.ndarray, "A B T"]:
+        """The micro-batches of the next update."""
+        train = self.train_config
+        first = self.state.step * train.gradient_accumulation_steps
+        return np.stack(
+            [
+                token_batch(self._ids, train.batch_size, self.config.ctx_len + 1, train.seed, first + micro)
+                for micro in range(train.gradient_accumulation_steps)
+            ]
+        )
+
+    def _validated(self) -> float:
+        """The validation loss, and best.pt if it is the lowest."""
+        loss = validate_loss(self.validate())
+        if loss < self.state.best_val_loss:
+            self.state.best_val_loss = loss
+            self._save(self.folder.best)
+        return loss
+
+    def _save(self, path: Path | None = None) -> None:
+        self._read_metrics()  # nothing is written before the updates are known to be good
+        state, train = self.state, self.train_config
+        lr = _shortest(train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps))
+        moments = {"exp_avg": self._in_torch_order(state.optimizer.m)}
+        moments["exp_avg_sq"] = self._in_torch_order(state.optimizer.v)
+        steps = [np.array(state.step, np.float32) for _ in self._keys]
+        save_checkpoint(
+            self.folder.last if path is None else path,
+            model=self._by_key(state.params),
+            optimizer=optimizer_dict(train, lr, steps, moments),
+            scheduler=scheduler_dict(train, state.step, lr),
+            scaler=None,  # bfloat16 has float32's range: nothing has to be scaled
+            step=state.step,
+            best_val_loss=state.best_val_loss,
+        )
+
+    def _by_key(self, tree: Any) -> dict[str, Any]:
+        """A tree like the parameters' by torch key and in torch's layout."""
+        return export_weights(nnx.merge(self._graphdef, tree, self._rest))
+
+    def _in_torch_order(self, tree: Any) -> list[Any]:
+        arrays = self._by_key(tree)
+        return [arrays[key] for key in self._keys]
+
+    def _restore(self) -> None:
+        checkpoint = load_checkpoint(self.folder.last)
+        step, moments = saved_moments(checkpoint, self._keys)
+
+        def tree_of(arrays: Any) -> Any:
+            model = nnx.merge(self._graphdef, self.state.params, self._rest, copy=True)
+            return nnx.state(load_weights(model, arrays), nnx.Param)
+
+        m, v = (tree_of(moments[name]) for name in ("exp_avg", "exp_avg_sq"))
+        best = checkpoint.best_val_loss
+        self.state = TrainState(
+            params=tree_of(checkpoint),
+            optimizer=AdamWState(m=m, v=v, t=jnp.array(step, jnp.int32)),
+            step=step,
+            best_val_loss=math.inf if best is None else best,
+        )
+        self.folder.drop_metrics_after(step)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "train_config"), donate_argnames=("params", "optimizer", "before"))
+def _train_step(
+    graphdef: Any,
+    train_config: TrainConfig,
+    params: Any,
+    optimizer: AdamWState,
+    before: _Metrics,
+    rest: Any,
+    tokens_ABT: Int[Array, "A B T"],
+) -> tuple[Any, AdamWState, _Metrics]:
+    """The update, compiled once for a run: (params, optimizer, metrics), unchanged if it, or one before, went bad."""
+    train = train_config
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), _DROPOUT), optimizer.t)
+
+    def add_micro_batch(totals: tuple, xs: tuple) -> tuple[tuple, None]:
+        tokens_BT, micro = xs
+        streams = _reseeded(rest, jax.random.fold_in(key, micro))
+        (nats, count), grads = jax.value_and_grad(_nats, argnums=1, has_aux=True)(
+            graphdef, params, streams, tokens_BT, train.use_amp
+        )
+        return jax.tree.map(jnp.add, totals, (nats, count, grads)), None
+
+    zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    xs = (tokens_ABT, jnp.arange(tokens_ABT.shape[0], dtype=jnp.int32))
+    (nats, count, grads), _ = jax.lax.scan(add_micro_batch, zeros, xs)
+    tokens = jnp.maximum(count, 1).astype(nats.dtype)
+    grads, grad_norm = clip_grad_norm(jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads), train.max_grad_norm)
+    lr = train.lr * warmup_cosine(optimizer.t, train.warmup_steps, train.max_steps)
+    new_params, new_optimizer = adamw_step(params, grads, optimizer, lr, BETAS, EPS, train.wd)
+    loss = nats / tokens
+    # The host looks later: a bad update, and all after it, leave the state as it was.
+    ok = before.ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    new = (new_params, new_optimizer)
+    new_params, new_optimizer = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, (params, optimizer))
+    metrics = _Metrics(ok, loss, grad_norm, jnp.asarray(lr, jnp.float32))
+    return new_params, new_optimizer, jax.tree.map(lambda n, o: jnp.where(before.ok, n, o), metrics, before)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _validation(graphdef: Any, params: Any, rest: Any, rows_NBT: Int[Array, "N B T"]) -> Float[Array, " N"]:
+    """Σ nats of each batch, in one program."""
+    return jax.lax.map(lambda tokens_BT: _nats(graphdef, params, rest, tokens_BT, amp=False)[0], rows_NBT)
+
+
+def _nats(
+    graphdef: Any, params: Any, rest: Any, tokens_BT: Int[Array, "B T"], amp: bool
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """(Σ nats over the predicted tokens, their number)."""
+    if amp:  # the derivative of the cast casts the gradients back to the parameters' float32
+        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    model = nnx.merge(graphdef, params, rest, copy=True)  # a copy: dropout's counters move inside this trace
+    targets_BT = tokens_BT[:, 1:]
+    mean = cross_entropy(model(tokens_BT[:, :-1]), targets_BT)
+    count = jnp.sum(targets_BT != PAD_ID, dtype=jnp.int32)
+    return mean * jnp.maximum(count, 1).astype(mean.dtype), count
+
+
+def _reseeded(rest: Any, key: Array) -> Any:
+    """Dropout's streams, each with a key of its own made from `key`, and their counters at 0."""
+    flat = nnx.to_flat_state(rest)
+    streams = []
+    for i, (path, variable) in enumerate(flat):
+        if isinstance(variable, nnx.RngKey):
+            value = jax.random.fold_in(key, i)
+        else:
+            assert isinstance(variable, nnx.RngCount), path  # all state of a ThinkerLM but its parameters
+            value = jnp.zeros_like(variable.get_value())
+        streams.append((path, variable.replace(value)))
+    return nnx.from_flat_state(streams)
+
+
+def _named_parameters(model: nnx.Module, names: list[tuple], path: tuple = ()) -> nnx.Module:
+    """Append the paths of the parameters to `names` in the order of their definition, torch's; returns the model."""
+    for name, value in vars(model).items():
+        if isinstance(value, nnx.Param):
+            names.append((*path, name))
+        elif isinstance(value, nnx.Module):
+            _named_parameters(value, names, (*path, name))
+    return model
+
+
+def train(
+    config_path: str | os.PathLike[str],
+    text_path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    max_steps: int | None = None,
+    seed: int | None = None,
+    quiet: bool = False,
+) -> TrainState:
+    """Train by a config file on a text file, and keep the run in the folder `out`: what `train` on the command line is.
+
+    The text is UTF-8, one document a line; blank lines are skipped. A share val_split of the documents, spread evenly
+    over the text, is kept for validation. See `Trainer` for the files in `out`; tokenizer.model is there besides.
+
+    Args:
+        config_path: a config file with the model's keys, and the training's (those left out get their defaults).
+        tokenizer_path: a SentencePiece model of vocab_size pieces; None trains one on the text.
+        resume: go on with the run in `out`, whichever twin began it.
+        max_steps, seed: take the place of the config file's.
+
+    Raises:
+        ValueError: a file that is missing or not what it must be, settings that contradict each other or the text,
+            and what `Trainer` refuses; nothing has been written then.
+        NumericalError, KeyboardInterrupt, OSError: as `Trainer.run`.
+    """
+    config_path = Path(config_path)
+    report = read_config(config_path)
+    config, train_config = report.config, TrainConfig.from_json(config_path)
+    given = {"max_steps": max_steps, "seed": seed}
+    train_config = dataclasses.replace(
+        train_config, **{key: value for key, value in given.items() if value is not None}
+    )
+    folder = RunFolder(out)
+    folder.check_run() if resume else folder.check_free()
+    documents = read_documents(text_path)
+    tokenizer, model = _tokenizer(folder, config, text_path, tokenizer_path, resume)
+    kept, held_out = split_documents([tokenizer.encode(text) for text in documents], train_config.val_split)
+    ids = token_stream(kept, BOS_ID, EOS_ID)
+    val_ids = token_stream(held_out, BOS_ID, EOS_ID) if held_out else np.zeros(0, np.int32)
+    trainer = Trainer(config, train_config, ids, val_ids, out, resume, quiet)
+    if model is not None:
+        folder.write_tokenizer(model)
+    unused = [key for key in report.ignored if key.removeprefix("thinker.") not in train_config.to_dict()]
+    if unused and not quiet:
+        print(f"{config_path}: not used here: {', '.join(unused)}", file=sys.stderr)
+    return trainer.run()
+
+
+def _tokenizer(
+    folder: RunFolder,
+    config: ThinkerConfig,
+    text_path: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str] | None,
+    resume: bool,
+) -> tuple[BPETokenizer, bytes | None]:
+    """The tokenizer of a run, and its file's bytes where they are not in the folder yet."""
+    model: bytes | None = None
+    path = folder.tokenizer if tokenizer_path is None else Path(tokenizer_path)
+    if resume:
+        tokenizer = BPETokenizer(folder.tokenizer)
+        if path.read_bytes() != folder.tokenizer.read_bytes():
+            raise ValueError(
+                f"the run in {str(folder.path)!r} cannot be resumed with another tokenizer ({str(path)!r} is not its "
+                "tokenizer.model); leave --tokenizer out"
+            )
+    elif tokenizer_path is not None:
+        tokenizer = BPETokenizer(path)
+        model = path.read_bytes()
+        if folder.tokenizer.exists() and folder.tokenizer.read_bytes() != model:
+            raise ValueError(f"{str(folder.tokenizer)!r} is another tokenizer, and not overwritten; remove it first")
+    elif folder.tokenizer.exists():
+        raise ValueError(
+            f"{str(folder.tokenizer)!r} is there already, and not overwritten; give it by --tokenizer, or remove it"
+        )
+    else:
+        with tempfile.TemporaryDirectory() as room:
+            path = Path(room) / "tokenizer.model"
+            tokenizer = BPETokenizer.train(text_path, path, config.vocab_size)
+            model = path.read_bytes()
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"vocab_size={config.vocab_size} is not allowed: must be the tokenizer's {tokenizer.vocab_size} pieces; "
+            "change vocab_size in the config, or give another tokenizer"
+        )
+    return tokenizer, model
+
+
+def _checked_ids(name: str, ids: Any, config: ThinkerConfig) -> Int[np.ndarray, " N"]:
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name} has shape {array.shape}, dtype {array.dtype}: must be 1-D integers; see token_stream")
+    check_token_ids(array.astype(np.int64), config.vocab_size, name)
+    return array.astype(np.int32)
+
+
+def _shortest(x: Any) -> float:
+    """A float32 as the shortest decimal that is still it: 0.0003, not 0.0003000000142492354."""
+    return float(str(np.float32(x)))
+
+
+def _must_be_finite(step: int, loss: float, grad_norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NumericalError(
+            f"update {step + 1}: the loss is {loss} and the gradients' norm {grad_norm}, both must be finite; nothing "
+            f"was updated, and last.pt holds the state after {step} updates. Lower lr, lengthen warmup_steps, or look "
+            "at the data"
+        )

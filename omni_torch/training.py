@@ -1,0 +1,431 @@
+"""Train steps, and the trainer of ThinkerLM with everything a long run needs: checkpoints, resume, validation, Ctrl-C.
+
+What an update does is a pure function of (weights, moments, seed, step): batches and dropout are drawn from the seed
+and the step alone. So a run that was interrupted goes on as if it had not been, in this twin to the last bit, and a
+run that the other twin began goes on from its files (dropout's masks differ there: each framework has its generator).
+
+Shapes: A micro-batches of an update, B batch, T time, N any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .checkpoint import export_weights, load_checkpoint, load_weights, save_checkpoint
+from .config import BOS_ID, EOS_ID, PAD_ID, ThinkerConfig, read_config
+from .data import token_batch, token_stream
+from .interrupt import Interrupt
+from .layers import check_token_ids, statistics_dtype
+from .losses import cross_entropy
+from .optim import AdamWState, adamw_step_many_, clip_grad_norm_, init_adamw_state, warmup_cosine
+from .progress import TrainingProgress
+from .run_folder import RunFolder, fingerprint_of
+from .thinker import ThinkerLM
+from .tokenizer import BPETokenizer
+from .train_config import TrainConfig
+from .training_format import BETAS, EPS, optimizer_dict, saved_moments, scheduler_dict
+from .training_text import counted, document_rows, read_documents, split_documents
+from .training_utils import NumericalError, validate_loss
+
+__all__ = ["train_step_mse", "TrainConfig", "TrainState", "Trainer", "train"]
+
+_DROPOUT = 1  # keeps dropout's random numbers apart from what else the seed draws
+
+
+def train_step_mse(
+    model: nn.Module,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    """One step of training on the mean squared error, with any torch optimizer; returns the loss before the update.
+
+        loss = mean((model(x) − y)²)
+
+    The model is put into training mode and changed in place. The loss is computed in promote_types(dtype, float32).
+
+    Args:
+        batch: (x, y); y has exactly the shape of model(x), whatever that is. Nothing is broadcast.
+
+    Raises:
+        ValueError: y has another shape than the prediction, or is empty; nothing has been updated then.
+    """
+    x, y = batch
+    model.train()
+    optimizer.zero_grad()  # .grad adds up over backward passes; JAX returns fresh gradients
+    loss = _mean_squared_error(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def _mean_squared_error(pred: Float[Tensor, "*N"], y: Tensor) -> Float[Tensor, ""]:
+    # (B, 1) against (B,) would broadcast to (B, B): a loss that falls, of something else.
+    if pred.shape != y.shape or y.numel() == 0:
+        raise ValueError(
+            f"batch: y has shape {tuple(y.shape)} and model(x) {tuple(pred.shape)}: they must be the same, and not "
+            "empty; reshape y, for example y[:, None]"
+        )
+    wide = statistics_dtype(pred.dtype)
+    return (pred.to(wide) - y.to(wide)).square().mean()
+
+
+@dataclass
+class TrainState:
+    """Where a run is: all that its next step depends on beside the configuration and the text.
+
+    params: parameters by torch key, the model's own (they change in place); optimizer: AdamW's moments, in the same
+    order; step: updates made; best_val_loss: the lowest validation loss so far, nats per token, inf before the first.
+    """
+
+    params: dict[str, nn.Parameter]
+    optimizer: list[AdamWState]
+    step: int
+    best_val_loss: float
+
+
+class Trainer:
+    """Trains a ThinkerLM on a stream of token ids, and keeps the run in a folder.
+
+    An update takes gradient_accumulation_steps micro-batches of batch_size rows, sums nats and gradients over them,
+    and divides once by the number of predicted tokens (Σ nats / Σ tokens, right for unequal counts); then clips by the
+    global norm, and makes an AdamW update at lr · warmup_cosine(step). Loss or gradients that are not finite end the
+    run before anything is changed.
+
+    The folder gets config.json, run.json (a fingerprint of the ids), last.pt (at the start, every checkpoint_freq
+    steps, and whenever a run ends), best.pt (at each lowest validation loss) and metrics.jsonl: step, loss of that
+    step, lr, grad_norm before clipping, tokens predicted in the step, tokens_per_second, val_loss where it was taken.
+
+    Runs on the first GPU if there is one, else on the CPU. With use_amp the parameters are cast to bfloat16 for each
+    forward pass; validation computes in float32.
+
+    Args:
+        ids: the training documents end to end, as `token_stream` gives them.
+        val_ids: the validation documents likewise; empty for no validation.
+        out: the folder; its parents are made.
+        resume: go on with the run in `out`, whichever twin began it.
+        quiet: show nothing on stderr.
+
+    Raises:
+        ValueError: ids that are no ids of the model or fewer than a row (ctx_len + 1); `out` already holds a run and
+            `resume` is False, or holds none, or one with other settings or ids, and `resume` is True.
+        CheckpointError: last.pt is damaged or not this model's.
+    """
+
+    def __init__(
+        self,
+        config: ThinkerConfig,
+        train_config: TrainConfig,
+        ids: Int[np.ndarray, " N"],
+        val_ids: Int[np.ndarray, " M"],
+        out: str | os.PathLike[str],
+        resume: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        self.config, self.train_config, self.quiet = config, train_config, quiet
+        self.folder = RunFolder(out)
+        self._ids, val_ids = _checked_ids("ids", ids, config), _checked_ids("val_ids", val_ids, config)
+        if len(self._ids) <= config.ctx_len:
+            raise ValueError(
+                f"ids has {len(self._ids)} tokens, must have at least ctx_len + 1 = {config.ctx_len + 1}; give more "
+                "text, or lower ctx_len"
+            )
+        self._rows_NBT = document_rows(val_ids, config.ctx_len, train_config.batch_size)
+        self._settings = config.to_dict() | train_config.to_dict()
+        self._fingerprint = fingerprint_of(self._ids, val_ids)
+        if resume:
+            self.folder.check_same(self._settings, self._fingerprint)
+        else:
+            self.folder.check_free()
+        self._started = resume
+        self._device = torch.device("cuda") if torch.cuda.is_available() else torch.get_default_device()
+        with _random_state(self._device, train_config.seed):
+            self._model = ThinkerLM.from_config(config).to(self._device)
+        params = dict(self._model.named_parameters())
+        self.state = TrainState(params, [init_adamw_state(p) for p in params.values()], 0, math.inf)
+        if resume:
+            self._restore()
+
+    @property
+    def model(self) -> ThinkerLM:
+        """The model with the weights of `state`; they change with every step."""
+        return self._model
+
+    def run(self, until: int | None = None) -> TrainState:
+        """Train up to max_steps, or up to step `until`, from where the run is; last.pt holds the result.
+
+        Raises:
+            NumericalError: NaN or Inf came up; last.pt holds the state before it.
+            KeyboardInterrupt: after Ctrl-C, once the step is finished and last.pt written (at once after the second).
+            ValueError: `until` is below the run's step or above max_steps.
+            OSError: a file cannot be written.
+        """
+        train, state = self.train_config, self.state
+        until = train.max_steps if until is None else until
+        if not state.step <= until <= train.max_steps:
+            raise ValueError(
+                f"until={until} is not allowed: must be {state.step} (the run's step) to {train.max_steps}"
+            )
+        if not self._started:
+            self.folder.start(self._settings, self._fingerprint)
+            self._save()
+            self._started = True
+        saved = state.step
+        with Interrupt() as interrupt, TrainingProgress(train.max_steps, state.step, self.quiet) as progress:
+            clock, tokens = time.perf_counter(), 0
+            try:
+                while state.step < until and not interrupt.requested:
+                    metrics = self._update()
+                    tokens += metrics["tokens"]
+                    ended = state.step == train.max_steps
+                    validated = len(self._rows_NBT) > 0 and (state.step % train.val_freq == 0 or ended)
+                    if state.step % train.print_freq == 0 or validated or ended:
+                        rate = tokens / (time.perf_counter() - clock)
+                        record = {"step": state.step} | metrics | {"tokens_per_second": round(rate, 1)}
+                        if validated:
+                            record["val_loss"] = self._validated()
+                        self.folder.append_metrics(record)
+                        progress.update(state.step, record["loss"], rate, record.get("val_loss"))
+                        clock, tokens = time.perf_counter(), 0
+                    if state.step % train.checkpoint_freq == 0:
+                        self._save()
+                        saved = state.step
+                # Not in a finally: another error may have come between two tensors of an update.
+                if saved != state.step:
+                    self._save()
+            except NumericalError:
+                self._save()
+                raise
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        return state
+
+    def validate(self) -> float:
+        """Mean nats per predicted token of the validation documents, in evaluation mode; inf if there are none."""
+        counts, nats = counted(self._rows_NBT), []
+        if not counts:
+            return math.inf
+        self._model.eval()
+        with torch.no_grad():
+            for tokens_BT in self._rows_NBT:
+                nats.append(self._nats(torch.from_numpy(tokens_BT).to(self._device), amp=False).item())
+        # Summed in float64: float32 would lose digits over many batches.
+        return _shortest(math.fsum(nats) / counts)
+
+    def _update(self) -> dict[str, Any]:
+        """One step; loss, lr, grad_norm and tokens of it."""
+        state, train = self.state, self.train_config
+        tokens_ABT = self._batch()
+        params: list[Tensor] = list(state.params.values())
+        self._model.train()
+        nats = torch.zeros((), device=self._device)
+        grads = [torch.zeros_like(p) for p in params]
+        for micro, tokens_BT in enumerate(tokens_ABT):
+            with _random_state(self._device, train.seed, _DROPOUT, state.step, micro):
+                micro_nats = self._nats(torch.from_numpy(tokens_BT).to(self._device), amp=train.use_amp)
+            # Fresh gradients, not .grad: an expert that no token chose has zeros, as in JAX.
+            micro_grads = torch.autograd.grad(micro_nats, params, allow_unused=True, materialize_grads=True)
+            for total, grad in zip(grads, micro_grads, strict=True):
+                total += grad
+            nats += micro_nats.detach()
+        tokens = counted(tokens_ABT)
+        for grad in grads:
+            grad /= max(tokens, 1)
+        loss = nats.item() / max(tokens, 1)
+        grad_norm = clip_grad_norm_(grads, train.max_grad_norm).item()
+        _must_be_finite(state.step, loss, grad_norm)
+        lr = train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps)
+        adamw_step_many_(params, grads, state.optimizer, lr, BETAS, EPS, train.wd)
+        state.step += 1
+        return {"loss": _shortest(loss), "lr": _shortest(lr), "grad_norm": _shortest(grad_norm), "tokens": tokens}
+
+    def _batch(self) -> Int[np.ndarray, "A B T"]:
+        """The micro-batches of the next update."""
+        train = self.train_config
+        first = self.state.step * train.gradient_accumulation_steps
+        return np.stack(
+            [
+                token_batch(self._ids, train.batch_size, self.config.ctx_len + 1, train.seed, first + micro)
+                for micro in range(train.gradient_accumulation_steps)
+            ]
+        )
+
+    def _nats(self, tokens_BT: Int[Tensor, "B T"], amp: bool) -> Float[Tensor, ""]:
+        """Σ nats over the predicted tokens."""
+        inputs, targets = tokens_BT[:, :-1].long(), tokens_BT[:, 1:].long()
+        if amp:  # autograd casts the gradients back to the parameters' float32
+            low = {key: p.to(torch.bfloat16) for key, p in self.state.params.items()}
+            logits = torch.func.functional_call(self._model, low, (inputs,))
+        else:
+            logits = self._model(inputs)
+        return cross_entropy(logits, targets) * (targets != PAD_ID).sum().clamp(min=1)
+
+    def _validated(self) -> float:
+        """The validation loss, and best.pt if it is the lowest."""
+        loss = validate_loss(self.validate())
+        if loss < self.state.best_val_loss:
+            self.state.best_val_loss = loss
+            self._save(self.folder.best)
+        return loss
+
+    def _save(self, path: Path | None = None) -> None:
+        state, train = self.state, self.train_config
+        lr = train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps)
+        moments = {"exp_avg": [s.m for s in state.optimizer], "exp_avg_sq": [s.v for s in state.optimizer]}
+        steps = [torch.tensor(float(s.t)) for s in state.optimizer]
+        save_checkpoint(
+            self.folder.last if path is None else path,
+            model=export_weights(self._model),
+            optimizer=optimizer_dict(train, lr, steps, moments),
+            scheduler=scheduler_dict(train, state.step, lr),
+            scaler=None,  # bfloat16 has float32's range: nothing has to be scaled
+            step=state.step,
+            best_val_loss=state.best_val_loss,
+        )
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        checkpoint = load_checkpoint(self.folder.last)
+        step, moments = saved_moments(checkpoint, list(self.state.params))
+        load_weights(self._model, checkpoint)
+        for key, entry in zip(self.state.params, self.state.optimizer):
+            entry.m.copy_(moments["exp_avg"][key])
+            entry.v.copy_(moments["exp_avg_sq"][key])
+            entry.t = step
+        best = checkpoint.best_val_loss
+        self.state.step, self.state.best_val_loss = step, math.inf if best is None else best
+        self.folder.drop_metrics_after(step)
+
+
+def train(
+    config_path: str | os.PathLike[str],
+    text_path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    max_steps: int | None = None,
+    seed: int | None = None,
+    quiet: bool = False,
+) -> TrainState:
+    """Train by a config file on a text file, and keep the run in the folder `out`: what `train` on the command line is.
+
+    The text is UTF-8, one document a line; blank lines are skipped. A share val_split of the documents, spread evenly
+    over the text, is kept for validation. See `Trainer` for the files in `out`; tokenizer.model is there besides.
+
+    Args:
+        config_path: a config file with the model's keys, and the training's (those left out get their defaults).
+        tokenizer_path: a SentencePiece model of vocab_size pieces; None trains one on the text.
+        resume: go on with the run in `out`, whichever twin began it.
+        max_steps, seed: take the place of the config file's.
+
+    Raises:
+        ValueError: a file that is missing or not what it must be, settings that contradict each other or the text,
+            and what `Trainer` refuses; nothing has been written then.
+        NumericalError, KeyboardInterrupt, OSError: as `Trainer.run`.
+    """
+    config_path = Path(config_path)
+    report = read_config(config_path)
+    config, train_config = report.config, TrainConfig.from_json(config_path)
+    given = {"max_steps": max_steps, "seed": seed}
+    train_config = dataclasses.replace(
+        train_config, **{key: value for key, value in given.items() if value is not None}
+    )
+    folder = RunFolder(out)
+    folder.check_run() if resume else folder.check_free()
+    documents = read_documents(text_path)
+    tokenizer, model = _tokenizer(folder, config, text_path, tokenizer_path, resume)
+    kept, held_out = split_documents([tokenizer.encode(text) for text in documents], train_config.val_split)
+    ids = token_stream(kept, BOS_ID, EOS_ID)
+    val_ids = token_stream(held_out, BOS_ID, EOS_ID) if held_out else np.zeros(0, np.int32)
+    trainer = Trainer(config, train_config, ids, val_ids, out, resume, quiet)
+    if model is not None:
+        folder.write_tokenizer(model)
+    unused = [key for key in report.ignored if key.removeprefix("thinker.") not in train_config.to_dict()]
+    if unused and not quiet:
+        print(f"{config_path}: not used here: {', '.join(unused)}", file=sys.stderr)
+    return trainer.run()
+
+
+def _tokenizer(
+    folder: RunFolder,
+    config: ThinkerConfig,
+    text_path: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str] | None,
+    resume: bool,
+) -> tuple[BPETokenizer, bytes | None]:
+    """The tokenizer of a run, and its file's bytes where they are not in the folder yet."""
+    model: bytes | None = None
+    path = folder.tokenizer if tokenizer_path is None else Path(tokenizer_path)
+    if resume:
+        tokenizer = BPETokenizer(folder.tokenizer)
+        if path.read_bytes() != folder.tokenizer.read_bytes():
+            raise ValueError(
+                f"the run in {str(folder.path)!r} cannot be resumed with another tokenizer ({str(path)!r} is not its "
+                "tokenizer.model); leave --tokenizer out"
+            )
+    elif tokenizer_path is not None:
+        tokenizer = BPETokenizer(path)
+        model = path.read_bytes()
+        if folder.tokenizer.exists() and folder.tokenizer.read_bytes() != model:
+            raise ValueError(f"{str(folder.tokenizer)!r} is another tokenizer, and not overwritten; remove it first")
+    elif folder.tokenizer.exists():
+        raise ValueError(
+            f"{str(folder.tokenizer)!r} is there already, and not overwritten; give it by --tokenizer, or remove it"
+        )
+    else:
+        with tempfile.TemporaryDirectory() as room:
+            path = Path(room) / "tokenizer.model"
+            tokenizer = BPETokenizer.train(text_path, path, config.vocab_size)
+            model = path.read_bytes()
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"vocab_size={config.vocab_size} is not allowed: must be the tokenizer's {tokenizer.vocab_size} pieces; "
+            "change vocab_size in the config, or give another tokenizer"
+        )
+    return tokenizer, model
+
+
+def _checked_ids(name: str, ids: Any, config: ThinkerConfig) -> Int[np.ndarray, " N"]:
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name} has shape {array.shape}, dtype {array.dtype}: must be 1-D integers; see token_stream")
+    check_token_ids(torch.from_numpy(array.astype(np.int64)), config.vocab_size, name)
+    return array.astype(np.int32)
+
+
+def _shortest(x: float) -> float:
+    """A float32 as the shortest decimal that is still it: 0.0003, not 0.0003000000142492354."""
+    return float(str(np.float32(x)))
+
+
+def _must_be_finite(step: int, loss: float, grad_norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NumericalError(
+            f"update {step + 1}: the loss is {loss} and the gradients' norm {grad_norm}, both must be finite; nothing "
+            f"was updated, and last.pt holds the state after {step} updates. Lower lr, lengthen warmup_steps, or look "
+            "at the data"
+        )
+
+
+@contextlib.contextmanager
+def _random_state(device: torch.device, *words: int) -> Iterator[None]:
+    """torch's generators seeded from `words` alone; as they were again afterwards."""
+    seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
