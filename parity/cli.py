@@ -111,8 +111,14 @@ def run(
         ),
     ] = "default",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights, inputs and draws.")] = 0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Training runs in full length and over ten seeds; minutes, not seconds.")
+    ] = False,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the whole result to this file as well.")
+    ] = None,
+    figures: Annotated[
+        str | None, typer.Option("--figures", metavar="DIR", help="Draw the training runs into this folder, as SVG.")
     ] = None,
 ) -> int:
     """Judge the twins and print one table.
@@ -129,11 +135,14 @@ def run(
         checkpoint=checkpoint,
         text=text,
         seed=seed,
+        full=full,
     )
     only_names = tuple(name for item in only or () for name in _split(item))
     runner.validate(scope, only_names, matmul)
     if json_file is not None:
         json_report.check_writable(json_file)
+    if figures is not None:
+        _make_folder(figures)
     with _progress(len(set(only_names)) or len(checks.CHECKS)) as progress:
         result = runner.run(scope, only_names, progress, matmul=matmul)
     from parity.report import console as console_report
@@ -141,7 +150,23 @@ def run(
     console_report.render(result, _console())
     if json_file is not None:
         json_report.write(result, json_file)
+    if figures is not None:
+        from parity.report import trajectory
+
+        for check in result.checks:
+            if check.series:
+                path = os.path.join(figures, f"{check.name}.svg")
+                trajectory.write(check, path)
+                print(f"drawn: {path}", file=sys.stderr)
     return result.exit_code
+
+
+def _make_folder(path: str) -> None:
+    """A `Misuse` now rather than lost pictures after the run."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise Misuse(f"--figures {path}: cannot make this folder ({error.strerror}); name another") from error
 
 
 def _split(names: str) -> tuple[str, ...]:
@@ -331,6 +356,44 @@ def calibrate_thresholds(
     if not ended:
         print(f"parity: interrupted after {len(result.draws)} of {wanted} draws", file=sys.stderr)
     return DISAGREE if objections else AGREE if ended else CANNOT_LOOK
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@_guarded
+def optimizers(
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates to make.")] = 1000,
+    lr: Annotated[float, typer.Option("--lr", min=0.0, help="Learning rate of every step.")] = 1e-3,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of parameters and gradients.")] = 0,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file as well.")
+    ] = None,
+) -> int:
+    """AdamW over many float32 steps: both twins, torch.optim and optax against an extended-precision oracle.
+
+    Exit code 0: ours are the nearest; 1: they are not.
+    """
+    from dataclasses import asdict
+
+    from parity import optimizers as table
+    from parity.report import json_file as json_report
+    from parity.runner import prepare
+
+    if json_file is not None:
+        json_report.check_writable(json_file)
+    prepare()
+    with _plain_progress() as progress:
+        standings = table.compare(table.problem(steps, lr, seed), progress=progress)
+    print(f"AdamW, {steps} steps in float32, lr {lr:g}, weight decay {table.HYPER['weight_decay']:g}, seed {seed}")
+    print("\n".join(table.lines(standings)))
+    told = table.note(standings)
+    if json_file is not None:
+        record = {"steps": steps, "lr": lr, "seed": seed, "hyper": table.HYPER, "note": told}
+        with open(json_file, "w", encoding="utf-8") as file:
+            file.write(json.dumps(record | {"standings": [asdict(s) for s in standings]}, indent=1) + "\n")
+    return AGREE if told == table.NEAREST else DISAGREE
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ STEPS = 50
 
 _SMALL = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 40, "dropout": 0.1, "rope_theta": 10000.0, "ctx_len": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "mha-swiglu": {"vocab_size": 61, **_SMALL, "n_layers": 1},
+    "mha-swiglu": {"vocab_size": 61, **_SMALL},
     "gqa-swiglu": {"vocab_size": 131, **_SMALL, "use_gqa": True, "kv_groups": 2},
     "mha-gelu": {
         "vocab_size": 131, **_SMALL, "n_layers": 1, "n_heads": 2, "d_model": 24, "rope_theta": 5e5, "use_swiglu": False,

@@ -562,6 +562,14 @@ class _Pool:
         return (self.take(x.shape) + 1j * self.take(x.shape)) / math.sqrt(2)
 
 
+@lru_cache(maxsize=1)
+def _pools() -> Any:
+    """The thread pools of this process; looking for them takes longer than an evaluation."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
 def measure_noise(fn: Callable, args: Sequence[Any], precision: str, *, draws: int = 16, seed: int = 0) -> NoiseModel:
     """The float64 reference and the noise of `fn(*args)` in `precision`.
 
@@ -574,7 +582,6 @@ def measure_noise(fn: Callable, args: Sequence[Any], precision: str, *, draws: i
 def measure_program(program: Program, args: Sequence[Any], *, draws: int = 16, seed: int = 0) -> NoiseModel:
     """`measure_noise` for a function that is already traced (the same program with other values)."""
     import jax
-    from threadpoolctl import threadpool_limits
 
     if draws < 2:
         raise ValueError(f"draws: {draws} is too few, at least 2 are needed to tell a spread; use 16 or more")
@@ -584,7 +591,7 @@ def measure_program(program: Program, args: Sequence[Any], *, draws: int = 16, s
 
     def evaluate(run: _Run, inputs):
         # Small products by several BLAS threads cost several times their work in waiting.
-        with np.errstate(all="ignore"), threadpool_limits(1, "blas"):
+        with np.errstate(all="ignore"), _pools().limit(limits=1, user_api="blas"):
             return run.jaxpr(program.values.jaxpr, program.types.jaxpr, consts, inputs), run.taps
 
     first = _Run(precision)
@@ -626,7 +633,7 @@ def measure_program(program: Program, args: Sequence[Any], *, draws: int = 16, s
         moved = AMPLITUDE * np.where(np.isfinite(x), x, 0.0) * pool.like(x) / math.sqrt(3)
         return x + moved  # a mask's -inf stays where it is
 
-    moved, _ = sample(min(draws, 3), AMPLITUDE, shake=shake)
+    moved, _ = sample(2, AMPLITUDE, shake=shake)  # a figure for the reader: two draws will do
     noise = []
     for error, move in zip(errors, moved):
         sigma, dof = pool_sigma(error)

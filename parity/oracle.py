@@ -2,8 +2,7 @@
 
 The oracle is the third witness of the optimizer checks: it is written from the formulas, shares no line with either
 twin and works in numpy's widest float. The two emulations repeat a library's float32 arithmetic in its own order, so
-that its distance from the oracle is not just seen but accounted for: each has a switch that takes its named cause
-away.
+that its distance from the oracle is not just seen but accounted for: `without` takes named causes away.
 
 Trees are mappings from names to arrays; a run starts from parameters and takes one gradient tree and one learning
 rate per step.
@@ -12,13 +11,14 @@ rate per step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 __all__ = [
+    "AVERAGE_CAUSE",
     "OPTAX_CAUSE",
     "TORCH_CAUSE",
     "Step",
@@ -31,6 +31,7 @@ __all__ = [
     "global_norm",
     "optax_adamw",
     "recipe",
+    "stored_adamw",
     "torch_adamw",
 ]
 
@@ -38,7 +39,8 @@ Tree = Mapping[str, np.ndarray]
 
 TORCH_CAUSE = "rounding the factor 1 - lr*weight_decay"
 OPTAX_CAUSE = "subtracting 1 - beta^t in the working precision"
-"""Why each library leaves the oracle, in words; its emulation below proves them."""
+AVERAGE_CAUSE = "averaging with rounded beta2 and 1 - beta2, which no longer add up to 1"
+"""Why the libraries leave the oracle, in words; their emulations below prove them."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,14 @@ def torch_adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     dtype: type[np.floating] = np.float32,
-    cause: bool = True,
+    without: Collection[str] = (),
 ) -> list[Step]:
-    """torch.optim.AdamW's arithmetic in `dtype`, operation by operation; TORCH_CAUSE says what sets it apart.
+    """torch.optim.AdamW's arithmetic in `dtype`, operation by operation; TORCH_CAUSE and AVERAGE_CAUSE set it apart.
 
     lerp and addcmul fuse their last multiplication and addition; scalars are computed in float64 and rounded when
     they meet a tensor. Not repeated: the last bit of its vectorised square root, which some builds round wrongly.
-    cause=False decays without rounding the factor and the decayed parameter.
+    Without TORCH_CAUSE it decays without rounding the factor and the decayed parameter; without AVERAGE_CAUSE the
+    second moment moves by (1 - beta2)*(g*g - v).
     """
     beta1, beta2 = betas
     p = {name: x.astype(dtype) for name, x in start.items()}
@@ -161,13 +164,16 @@ def torch_adamw(
         for name in p:
             g = grad[name].astype(dtype)
             m[name] = _fused(dtype(1 - beta1), g - m[name], m[name])  # lerp
-            v[name] = _fused(dtype(1 - beta2) * g, g, dtype(beta2) * v[name])  # addcmul
+            if AVERAGE_CAUSE in without:
+                v[name] = _fused(dtype(1 - beta2), g * g - v[name], v[name])
+            else:
+                v[name] = _fused(dtype(1 - beta2) * g, g, dtype(beta2) * v[name])  # addcmul
             denominator = np.sqrt(v[name]) / correction + dtype(eps)
             move = step_size * m[name] / denominator  # addcdiv
-            if cause:
-                p[name] = dtype(keep) * p[name] + move
-            else:
+            if TORCH_CAUSE in without:
                 p[name] = (np.longdouble(keep) * p[name] + move).astype(dtype)
+            else:
+                p[name] = dtype(keep) * p[name] + move
         steps.append(Step(p, m, v, t))
     return steps
 
@@ -180,12 +186,14 @@ def optax_adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     dtype: type[np.floating] = np.float32,
-    cause: bool = True,
+    without: Collection[str] = (),
     jitted: bool = False,
 ) -> list[Step]:
-    """optax.adamw's arithmetic in `dtype`, operation by operation; OPTAX_CAUSE says what sets it apart.
+    """optax.adamw's arithmetic in `dtype`, operation by operation; OPTAX_CAUSE and AVERAGE_CAUSE set it apart.
 
-    cause=False takes the bias corrections in float64 and rounds them once. jitted=True is the same inside jax.jit on
+    Both come of beta2 rounded to `dtype`, and together they amount to a constant factor on the second moment. Without
+    OPTAX_CAUSE the bias corrections are taken in float64 and rounded once; without AVERAGE_CAUSE the moments move by
+    (1 - beta)*(g - m) and (1 - beta2)*(g*g - v). jitted=True is the same inside jax.jit on
     a CPU, whose compiler fuses multiplications with the additions that follow them.
     """
     multiply_add = _fused if jitted else lambda a, b, c: a * b + c
@@ -196,19 +204,55 @@ def optax_adamw(
     steps = []
     for t, (grad, lr) in enumerate(_paired(grads, lrs), start=1):
         p, m, v = dict(p), dict(m), dict(v)
-        if cause:
+        if OPTAX_CAUSE not in without:
             # Each power is rounded to dtype before it is taken from 1: what is left of 1 - 0.999 has 14 bits.
             corrections = [dtype(1) - dtype(float(beta) ** t) for beta in (beta1, beta2)]
         else:
             corrections = [dtype(-math.expm1(t * math.log(beta))) for beta in betas]
         for name in p:
             g = grad[name].astype(dtype)
-            m[name] = multiply_add(dtype(1 - betas[0]), g, beta1 * m[name])
-            v[name] = multiply_add(dtype(1 - betas[1]), g * g, beta2 * v[name])
+            if AVERAGE_CAUSE in without:
+                m[name] = multiply_add(dtype(1 - betas[0]), g - m[name], m[name])
+                v[name] = multiply_add(dtype(1 - betas[1]), g * g - v[name], v[name])
+            else:
+                m[name] = multiply_add(dtype(1 - betas[0]), g, beta1 * m[name])
+                v[name] = multiply_add(dtype(1 - betas[1]), g * g, beta2 * v[name])
             root = np.sqrt(v[name] / corrections[1]) + dtype(eps)
             direction = m[name] / (corrections[0] * root) if jitted else (m[name] / corrections[0]) / root
             update = multiply_add(dtype(weight_decay), p[name], direction)
             p[name] = multiply_add(dtype(-float(lr)), update, p[name])
+        steps.append(Step(p, m, v, t))
+    return steps
+
+
+def stored_adamw(
+    start: Tree,
+    grads: Sequence[Tree],
+    lrs: Sequence[float],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    dtype: type[np.floating] = np.float32,
+) -> list[Step]:
+    """AdamW in the widest float, but parameters and moments are rounded to `dtype` after every step.
+
+    What an implementation that stores them in `dtype` cannot avoid: the floor of the errors.
+    """
+    wide = np.longdouble
+    beta1, beta2, eps_, decay, one = (wide(x) for x in (*betas, eps, weight_decay, 1))
+    p = {name: x.astype(dtype) for name, x in start.items()}
+    m = {name: np.zeros_like(x) for name, x in p.items()}
+    v = {name: np.zeros_like(x) for name, x in p.items()}
+    steps = []
+    for t, (grad, lr) in enumerate(_paired(grads, lrs), start=1):
+        p, m, v = dict(p), dict(m), dict(v)
+        correction1, correction2 = (_one_less_power(beta, t, wide) for beta in betas)
+        for name in p:
+            g, old = grad[name].astype(wide), p[name].astype(wide)
+            m[name] = (beta1 * m[name] + (one - beta1) * g).astype(dtype)
+            v[name] = (beta2 * v[name] + (one - beta2) * g * g).astype(dtype)
+            m_hat, v_hat = m[name].astype(wide) / correction1, v[name].astype(wide) / correction2
+            p[name] = (old - wide(lr) * (m_hat / (np.sqrt(v_hat) + eps_) + decay * old)).astype(dtype)
         steps.append(Step(p, m, v, t))
     return steps
 

@@ -61,6 +61,8 @@ class CheckResult:
     error: str | None = None
     """Why the check could not look (a crashed side, nothing compared); None when it did."""
     seconds: float = 0.0
+    series: dict[str, list[float]] = field(default_factory=dict)
+    """Curves for a picture, by name, all over the same steps: what the trajectory check saw, and its envelope."""
 
     @property
     def deciding(self) -> list[Row]:

@@ -19,7 +19,7 @@ from parity.pair import Pair
 from parity.precision import precision as format_of
 from parity.primitives import bind_equation
 
-__all__ = ["JaxSide", "TorchSide", "as_inputs", "with_taps"]
+__all__ = ["JaxSide", "TorchSide", "as_inputs", "compiled", "compiler_options", "with_taps"]
 
 
 def as_inputs(inputs: Sequence[Any], precision: str) -> tuple[np.ndarray, ...]:
@@ -91,10 +91,8 @@ class JaxSide:
                 if id(closed) not in self.compiled:
                     # The closed jaxpr is kept beside the function so that its id stays its own.
                     lowered = jax.jit(with_taps(closed)).lower(*jax.tree.leaves(args))
-                    self.compiled[id(closed)] = (
-                        lowered.compile(_compiler_options(self.pair, precision, device)),
-                        closed,
-                    )
+                    options = compiler_options(self.pair.hasty or precision != "float32", precision, device)
+                    self.compiled[id(closed)] = (compiled(lowered, options), closed)
                 leaves, taps = self.compiled[id(closed)][0](*jax.tree.leaves(args))
                 if precision == "float64":
                     _demand_float64("jax", [x.dtype for x in leaves])
@@ -106,16 +104,34 @@ class JaxSide:
             raise CannotLook(f"the JAX side raised {type(error).__name__}: {_first_lines(error)}") from error
 
 
-def _compiler_options(pair: Pair, precision: str, device: Any) -> Any:
-    """float32 is compiled as users compile it, unless the pair asks for haste.
+def compiler_options(hasty: bool, precision: str, device: Any) -> dict[str, Any]:
+    """float32 is compiled as users compile it, unless haste is asked for.
 
-    The float64 question is about meaning, and bfloat16 on a CPU is nobody's target: there LLVM's optimiser (not XLA's)
-    is off, which about halves the compile time. In bfloat16 every rounding that the program writes is made (XLA may
-    otherwise keep a wider intermediate): what the noise model assumes, and a tenth less to compile.
+    The float64 question is about meaning, and bfloat16 on a CPU is nobody's target: there LLVM's optimiser and XLA's
+    newer emitters are off, which takes a sixth of the time. In bfloat16 every rounding that the program writes is made
+    (XLA may otherwise keep a wider intermediate): what the noise model assumes.
     """
-    if device.platform != "cpu" or not (pair.hasty or precision != "float32"):
-        return None
-    return {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": precision != "bfloat16"}
+    if device.platform != "cpu" or not hasty:
+        return {}
+    return {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_allow_excess_precision": precision != "bfloat16",
+    }
+
+
+def compiled(lowered: Any, options: Mapping[str, Any]) -> Any:
+    """`lowered.compile(options)`, without those options that this release of XLA does not know."""
+    options = dict(options)
+    while True:
+        try:
+            return lowered.compile(options or None)
+        except Exception as error:
+            unknown = [name for name in options if "No such compile option" in str(error) and name in str(error)]
+            if not unknown:
+                raise
+            for name in unknown:
+                del options[name]
 
 
 class TorchSide:

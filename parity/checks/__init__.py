@@ -18,7 +18,18 @@ from parity.errors import Misuse
 
 __all__ = ["CHECKS", "Progress", "Scope", "load"]
 
-CHECKS = ("logits", "gradients", "adamw", "recipe", "initializers")
+CHECKS = (
+    "logits",
+    "gradients",
+    "autodiff",
+    "data",
+    "dropout",
+    "accumulation",
+    "adamw",
+    "recipe",
+    "trajectory",
+    "initializers",
+)
 """In the order in which they run and are listed."""
 
 Progress = Callable[[int, int, str], None]
@@ -39,6 +50,8 @@ class Scope:
     seed: int = 0
     draws: int = 7
     controls: bool = True
+    full: bool = False
+    """Whole training runs, over ten seeds: minutes where the default takes seconds."""
 
 
 def load(name: str) -> ModuleType:

@@ -374,8 +374,13 @@ def _draw_jax(n_draws: int, seed: int) -> Samples:
 
     from omni_jax.config import ThinkerConfig
     from omni_jax.thinker import ThinkerLM
+    from parity.sides import compiled, compiler_options
 
-    samples = {name: np.asarray(x) for name, x in _jax_sampler(n_draws)(jax.random.key(seed)).items()}
+    key = jax.random.key(seed)
+    # Compiling is all the cost here; how fast the program runs does not matter.
+    options = compiler_options(True, "float32", jax.devices()[0])
+    sampler = compiled(jax.jit(_jax_sampler(n_draws)).lower(key), options)
+    samples = {name: np.asarray(x) for name, x in sampler(key).items()}
     rngs = nnx.Rngs(seed)  # one for all models, as a user with several would have it
     for label, model in _MODELS.items():
         fresh = ThinkerLM.from_config(ThinkerConfig(**model), rngs=rngs)
@@ -391,9 +396,8 @@ def _jax_leaves(model: Any) -> Samples:
     return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat}
 
 
-@lru_cache(maxsize=2)
 def _jax_sampler(n_draws: int) -> Callable[[Any], dict[str, Any]]:
-    """key → samples of the schemes, all in one compiled call."""
+    """key → samples of the schemes, all in one call."""
     import jax
     from flax import nnx
 
@@ -418,9 +422,7 @@ def _jax_sampler(n_draws: int) -> Callable[[Any], dict[str, Any]]:
         samples["default Embedding"] = embedding_default(next(keys), shapes["embedding"])
         return samples
 
-    # Compiling is all the cost here; how fast the program runs does not matter.
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(draw, compiler_options=quick)
+    return draw
 
 
 def _model_samples(label: str, parameters: Samples) -> Samples:

@@ -11,12 +11,12 @@ import numpy as np
 from parity.checks import Progress, Scope
 from parity.result import CheckResult, Control
 
-__all__ = ["BLIND", "CLAIM", "CONTROLS", "RECIPE", "problem", "run"]
+__all__ = ["BLIND", "CLAIM", "CONTROLS", "RECIPE", "SCHEDULES", "problem", "run"]
 
 CLAIM = (
     "Both twins clip the same gradients to the same values, take the same learning rate at every step from 0 to beyond "
-    "the last one, and move every parameter by the same displacement, as a third implementation in extended precision "
-    "does."
+    "the last one (of schedules of 1,000 steps too), and move every parameter by the same displacement, as a third "
+    "implementation in extended precision does."
 )
 BLIND = "Gradients of a model (they are given here; the gradients check has them); accumulation; other schedules."
 CONTROLS = {
@@ -30,6 +30,18 @@ RECIPE = {"lr": 1e-2, "warmup_steps": 3, "max_steps": 10, "max_norm": 1.0}
 MIN_RATIO, BETAS, EPS, DECAY = 0.1, (0.9, 0.999), 1e-8, 0.1
 STEPS = 12
 """Two beyond max_steps."""
+SCHEDULES = {
+    "warm-up 100 of 1,000": (100, 1000, 0.1),
+    "no warm-up": (0, 1000, 0.1),
+    "warm-up up to the last step": (999, 1000, 0.1),
+    "down to 0": (100, 1000, 0.0),
+    "no descent": (100, 1000, 1.0),
+}
+"""name -> (warmup_steps, max_steps, min_ratio): judged at every step from 0 to BEYOND steps after the last one."""
+BEYOND = 24
+PEAK = {"peak": np.asarray(1e-2, np.float32)}
+"""The learning rate at a factor of 1, the same number in every precision; no power of two, so that its product rounds:
+0.1 itself is rounded in float32, and carries no noise that could excuse it."""
 PRECISIONS = ("float64", "float32")
 
 
@@ -51,7 +63,9 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
     from parity import oracle
     from parity.checks._steps import merge, pair_of_steps
     from parity.judge import Judge
+    from parity.pair import Pair
     from parity.precision import resolve_device
+    from parity.weights import Link
 
     started = time.perf_counter()
     result = CheckResult("recipe")
@@ -65,6 +79,14 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
         devices=devices,
         device=scope.device,
     )
+    schedules = Judge(
+        Pair(_jax_schedules, _torch_schedules, PEAK, [Link("peak", "peak")], name="schedules"),
+        draws=scope.draws,
+        seed=scope.seed,
+        devices=devices,
+        device=scope.device,
+    )
+    counts = np.arange(max(end for _, end, _ in SCHEDULES.values()) + 1 + BEYOND, dtype=np.int32)
     by_step = [{k: g[i] for k, g in grads.items()} for i in range(STEPS)]
     states, rates, norms = oracle.recipe(
         start, by_step, **RECIPE, min_ratio=MIN_RATIO, betas=BETAS, eps=EPS, weight_decay=DECAY
@@ -78,8 +100,11 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
         progress(done, len(precisions), precision)
         findings = judge(start, inputs, precision, oracle=_stack(truth), origin=origin)
         result.rows += findings.rows("recipe", "", "synthetic gradients")
+        whole = schedules(PEAK, (counts,), precision, oracle=_schedules(counts))
+        result.rows += whole.rows("recipe", "", "every step of a schedule")
         if scope.controls:
             result.controls += _controls(findings, by_step, rates, precision)
+            result.controls += _schedule_controls(whole, counts, precision)
     progress(1, 1, "")
     if not precisions:
         result.error = f"recipe looks at {' and '.join(PRECISIONS)} only; ask for one of them with --precision"
@@ -141,7 +166,59 @@ def _torch_steps(params: Any, grads: Any) -> dict[str, Any]:
     return {k: torch.stack(v) for k, v in _outputs(list(params), rates, norms, clipped, moved).items()}
 
 
+def _schedules(counts: np.ndarray, wrong: str = "") -> dict[str, np.ndarray]:
+    """Every schedule's learning rates by the oracle, or what one of the controls makes of them."""
+    from parity import oracle
+
+    def rate(step: int, warmup: int, end: int, low: float) -> float:
+        if wrong == "decay_steps with warm-up" and step >= warmup:
+            warmup = 0
+        return float(float(PEAK["peak"]) * oracle.factor(step + (wrong == "schedule one step on"), warmup, end, low))
+
+    return {k: np.array([rate(int(step), *numbers) for step in counts]) for k, numbers in SCHEDULES.items()}
+
+
+def _jax_schedules(params: Any, counts: Any) -> dict[str, Any]:
+    import jax
+
+    from omni_jax.optim import warmup_cosine
+
+    return {
+        name: params["peak"] * jax.vmap(lambda step, numbers=numbers: warmup_cosine(step, *numbers))(counts)
+        for name, numbers in SCHEDULES.items()
+    }
+
+
+def _torch_schedules(params: Any, counts: Any) -> dict[str, Any]:
+    import torch
+
+    from omni_torch.optim import warmup_cosine
+
+    peak = params["peak"]
+    factors = {k: [warmup_cosine(int(step), *numbers) for step in counts] for k, numbers in SCHEDULES.items()}
+    return {k: peak * torch.tensor(v, dtype=peak.dtype, device=peak.device) for k, v in factors.items()}
+
+
 # ------------------------------------------------------------------------------------------------ controls
+
+
+def _schedule_controls(findings, counts, precision: str) -> list[Control]:
+    """What is wrong with a schedule must be rejected on every schedule that it changes."""
+    from parity.precision import unit_roundoff
+    from parity.verdict import accepts
+
+    truth = {k: v[2] for k, v in findings.values.items()}
+    wrongs = {name: _schedules(counts, name) for name in ("schedule one step on", "decay_steps with warm-up")}
+    wrongs |= {"no update": {k: np.zeros_like(v) for k, v in truth.items()}}
+    wrongs |= {"sign flipped": {k: -v for k, v in truth.items()}}
+    controls = []
+    for name, rates in wrongs.items():
+        changed = [k for k in truth if not np.array_equal(rates[k], truth[k])]
+        passed = [k for k in changed if accepts(rates[k], truth[k], findings.values[k][3], unit_roundoff(precision))]
+        words = f"{precision}: rejected on {len(changed) - len(passed)} of {len(changed)} schedules"
+        words += f"; passed on {', '.join(passed)}" if passed else ""
+        controls.append(Control(name, rejected=bool(changed) and not passed, evidence=words))
+    return controls
 
 
 def _controls(findings, by_step, rates, precision: str) -> list[Control]:

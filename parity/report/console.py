@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from parity.report.trajectory import console_lines
 from parity.result import CheckResult, Row, RunResult
 from parity.verdict import Verdict
 
@@ -120,6 +121,8 @@ def _details(check: CheckResult) -> Iterable[RenderableType]:
         yield from _undetermined(check, counts[Verdict.UNDETERMINED])
     for note in check.notes:
         yield Text(f"{check.name}: {note}")
+    if check.series:
+        yield Text("\n".join([f"{check.name}:", *console_lines(check)]))
     third = [row for row in check.rows if not row.decides]
     if third:
         yield _third_parties(check.name, third)

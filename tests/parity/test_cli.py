@@ -291,13 +291,14 @@ def test_options_reach_the_checks(parity, stubs, tmp_path: Path) -> None:
     stubs["logits"] = run
     ended = parity(
         *("run", "--only", "logits", "--config", "mha-swiglu", "--config", "moe", "--text", text, "--seed", 7),
-        *("--precision", "float32, float16,float32", "--matmul", "highest", "--device", "cpu"),
+        *("--precision", "float32, float16,float32", "--matmul", "highest", "--device", "cpu", "--full"),
     )
     assert ended.exit_code == 0, ended.output
-    wanted = Scope(configs=("mha-swiglu", "moe"), precisions=("float32", "float16"), text=str(text), seed=7)
+    wanted = Scope(configs=("mha-swiglu", "moe"), precisions=("float32", "float16"), text=str(text), seed=7, full=True)
     assert seen == [wanted]
     said = words(ended.stdout)
-    assert "not looked at: checks gradients, adamw, recipe, initializers; precisions float64, bfloat16" in said
+    rest = ", ".join(name for name in checks.CHECKS if name != "logits")
+    assert f"not looked at: checks {rest}; precisions float64, bfloat16" in said
 
 
 def test_checks_run_in_their_order_and_once(parity, stubs) -> None:
@@ -318,6 +319,23 @@ def test_json_holds_the_run(parity, stubs, tmp_path: Path) -> None:
     assert {"versions", "cpu", "jax", "torch", "scope"} <= set(loaded["manifest"])
     assert loaded["manifest"]["scope"]["matmul"] == "default"
     assert loaded["seconds"] > 0
+
+
+def test_figures_are_drawn_where_there_are_curves(parity, stubs, tmp_path: Path) -> None:
+    from parity.report.trajectory import CURVES
+
+    series = {name: [1.0, 2.0, 4.0] for name in CURVES}
+    stubs["trajectory"] = lambda scope, progress: CheckResult("trajectory", [row("trajectory")], series=series)
+    assert parity("run", "--only", "trajectory", "--figures", tmp_path / "new" / "pictures").exit_code == 0
+    picture = (tmp_path / "new" / "pictures" / "trajectory.svg").read_text(encoding="utf-8")
+    assert "omni_torch" in picture
+
+
+def test_figures_need_a_folder_that_can_be_made(parity, stubs, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = parity("run", "--figures", tmp_path / "file")
+    assert ended.exit_code == 2
+    assert "--figures" in ended.output
 
 
 def test_progress_is_told(stubs) -> None:

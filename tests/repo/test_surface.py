@@ -25,12 +25,15 @@ SURFACE = {
         "--device",
         "--matmul",
         "--seed",
+        "--full",
         "--json",
+        "--figures",
     },
     "list": set(),
     "explain": {"check"},
     "doctor": {"--json"},
     "calibrate": {"--draws", "--seed", "--json"},
+    "optimizers": {"--steps", "--lr", "--seed", "--json"},
 }
 
 BLOCKER = """
@@ -64,7 +67,8 @@ def test_commands_and_options_are_those_written_here() -> None:
 def test_defaults_of_run() -> None:
     run = next(c.callback for c in app.registered_commands if c.callback and c.callback.__name__ == "run")
     defaults = {name: p.default for name, p in inspect.signature(run).parameters.items() if p.default is not None}
-    assert defaults == {"precision": "float64,float32,bfloat16", "device": "cpu", "matmul": "default", "seed": 0}
+    wanted = {"precision": "float64,float32,bfloat16", "device": "cpu", "matmul": "default", "seed": 0, "full": False}
+    assert defaults == wanted
 
 
 @pytest.mark.parametrize("name", checks.CHECKS)

@@ -1,0 +1,533 @@
+"""Whole training runs: every step judged from a common state, and two free runs held against an envelope.
+
+Re-synchronised: both sides start each step from the same state, that of the JAX program's run in float64 (rounded to
+float32, which every precision looked at can hold), make one step, and everything that it leaves is judged in noise
+units against a third optimizer in extended precision, fed the reference's gradients.
+
+Free: both sides run from the same weights without looking at each other, in float32. Rounding alone drives them apart,
+and where training is chaotic exponentially so; how far is measured, not assumed: each framework runs from weights that
+are one unit roundoff away, too, and the envelope is a prediction bound for one more such distance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parity.checks import Progress, Scope
+from parity.errors import CannotLook
+from parity.result import CheckResult, Control, Row
+from parity.verdict import Judgement, Noise, Verdict
+
+if TYPE_CHECKING:
+    from parity.checks._training import Run, Training
+    from parity.judge import Judge
+
+__all__ = [
+    "BLIND",
+    "CLAIM",
+    "CONTROLS",
+    "FREE_STEPS",
+    "JUDGED",
+    "PERTURBED",
+    "PRECISIONS",
+    "SEEDS",
+    "STEPS",
+    "Envelope",
+    "distance",
+    "envelope",
+    "free_runs",
+    "prediction_bound",
+    "run",
+    "undetermined_moves",
+]
+
+CLAIM = (
+    "From the same weights and batches both twins train alike: every step from a common state moves every parameter "
+    "and both moments by the same amounts, and two free runs stay as near to each other as runs of one framework do "
+    "whose weights differ by one unit roundoff."
+)
+BLIND = (
+    "Other recipes, models, batches and more steps than those run; dropout and accumulation (their own checks); in a "
+    "free run whatever is fainter than the envelope (clipping without its 1e-6, which the single steps see); the sign "
+    "of an update whose gradient is zero up to rounding (such are counted)."
+)
+CONTROLS = {
+    "no update": "zeros in place of a displacement, the old moments in place of the new",
+    "sign flipped": "each tensor with its sign flipped",
+    "decay in the gradient": "weight decay as L2, added to the gradient and so to both moments",
+    "beta2 0.99": "another second beta, which moves nothing at the first update",
+    "no bias correction": "moments used as they are",
+    "rate one step on": "the learning rate of the next step",
+    "eps 1e-6": "RMSNorm's eps 1e-6 where 1e-5 is meant, on the torch side, in float64",
+    "free run: rate one step on": "a whole torch run with the learning rate of the next step",
+    "free run: eps 1e-6": "a whole torch run with RMSNorm's eps 1e-6",
+}
+PRECISIONS = ("float64", "float32")
+STEPS = 50
+"""Of a whole run; the default run looks at its beginning."""
+FREE_STEPS = 20
+JUDGED = (0, 1, 12)
+"""The steps that the default run judges: nothing but moments moves at 0 (the warm-up's rate is 0), at 12 it learns."""
+SEEDS = 10
+"""Free runs of a full look."""
+PERTURBED = 8
+"""Runs of each framework from weights one unit roundoff away."""
+DRAWS = 7
+
+
+def run(scope: Scope, progress: Progress) -> CheckResult:
+    """Both modes; `scope.full` asks for every step of the whole run and ten free runs."""
+    from parity.checks._steps import merge
+    from parity.checks._training import Training
+
+    started = time.perf_counter()
+    result = CheckResult("trajectory")
+    precisions = [p for p in PRECISIONS if p in scope.precisions]
+    if not precisions:
+        result.error = f"trajectory looks at {' and '.join(PRECISIONS)} only; ask for one of them with --precision"
+        return result
+    training = Training()
+    parts: list[Any] = [lambda: _resynchronised(scope, training, precisions, result, progress)]
+    if "float32" in precisions:
+        parts.append(lambda: free_runs(scope, training, result, progress))
+    else:
+        result.notes.append("free runs are made in float32 and were left out")
+    for part in parts:
+        try:
+            part()
+        except CannotLook as error:  # what was seen until then, and by the other part, stays
+            result.error = str(error) if result.error is None else f"{result.error}; {error}"
+    progress(1, 1, "")
+    result.controls = merge(result.controls)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ step by step
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step as it was judged: what went in, what should have come out, and what each tensor's verdict was."""
+
+    number: int
+    precision: str
+    state: Mapping[str, np.ndarray]
+    gradients: Mapping[str, np.ndarray]
+    truth: Mapping[str, np.ndarray]
+    noise: Mapping[str, Noise]
+    verdicts: Mapping[str, Verdict]
+
+
+def _resynchronised(
+    scope: Scope, training: Training, precisions: Sequence[str], result: CheckResult, progress: Progress
+) -> None:
+    from parity.checks._training import batches, start
+    from parity.judge import Judge
+    from parity.precision import resolve_device
+
+    judged = tuple(range(STEPS)) if scope.full else JUDGED
+    tokens, targets = batches(scope.seed, STEPS)
+    devices = resolve_device(scope.device)
+    pair = training.pair()
+    pair.hasty = True
+    judge = Judge(pair, draws=DRAWS, seed=scope.seed, devices=devices, device=scope.device)
+    weights = start(scope.seed)
+    state = {f"p.{name}": x.astype(np.float64) for name, x in weights.items()}
+    state |= {f"{k}.{name}": np.zeros(x.shape) for k in "mv" for name, x in weights.items()}
+    shown: dict[str, list[Control]] = {}
+    for number in range(judged[-1] + 1):
+        inputs = (tokens[number], targets[number], np.int32(number))
+        if number in judged:
+            # The same numbers for both precisions: they share one reference and one set of draws.
+            common = {k: x.astype(np.float32).astype(np.float64) for k, x in state.items()}
+            for precision in precisions:
+                progress(judged.index(number), len(judged), f"step {number}, {precision}")
+                step = _judged(judge, common, number, inputs, precision, result)
+                if scope.controls:
+                    wrongs = _wrongs(step, training, inputs)
+                    for name, tensors in wrongs.items():
+                        shown.setdefault(name, []).append(_rejected(name, tensors, step))
+        if number < judged[-1]:
+            named, _ = judge.cpu[0](state, inputs, "float64")
+            state = {f"{k}.{x}": named[f"{x}: {_WHAT[k]}"] for k in "pmv" for x in weights}
+    for name in CONTROLS:
+        if name in shown:
+            result.controls.append(_summed(name, shown[name]))
+
+
+_WHAT = {"p": "displacement", "m": "m", "v": "v"}
+
+
+def _judged(
+    judge: Judge,
+    state: Mapping[str, np.ndarray],
+    number: int,
+    inputs: tuple[Any, ...],
+    precision: str,
+    result: CheckResult,
+) -> _Step:
+    """Judge everything that one step left; the optimizer's part against `_update`, fed the reference's gradients."""
+    import jax
+
+    from parity.precision import unit_roundoff
+    from parity.result import row_from_judgement
+    from parity.verdict import judge_tensor, threshold
+
+    unit, wide = unit_roundoff(precision), precision == "float64"
+    model = judge.noise(state, inputs, precision)
+    left, right = judge.cpu if wide else judge.far
+    ours, theirs = left(state, inputs, precision)[0], right(state, inputs, precision)[0]
+    truth = judge.pair.named({"outputs": jax.tree.unflatten(model.tree, model.reference)["outputs"]})
+    noise = dict(zip(truth, model.noise))
+    gradients = {k.removesuffix(": gradient"): x for k, x in truth.items() if k.endswith(": gradient")}
+    truth |= _update(state, gradients, number)
+    if not set(ours) == set(theirs) == set(truth):
+        raise CannotLook(f"the sides' steps leave different things: {', '.join(sorted(set(ours) ^ set(theirs)))}")
+    pins = model.pins + (right.pins if wide else ())
+    verdicts = {}
+    for name, reference in truth.items():
+        tensor, _, what = name.partition(": ")
+        sides, own = [ours[name], theirs[name]], noise[name]
+        open_ = np.zeros(reference.shape, bool)
+        if what == "displacement":
+            sides = [x - state[f"p.{tensor}"] for x in sides]
+            grad = noise[f"{tensor}: gradient"]
+            reach = threshold(1, max(reference.size, 1), grad.dof)
+            open_ = undetermined_moves(truth[f"{tensor}: v"], grad.sigma * unit * reach, number + 1)
+        # Where the sign of an update is its noise's, no distance says anything; the rest is judged as ever.
+        clear = [np.where(open_, reference, x) for x in sides]
+        narrow = own.scaled(unit_roundoff("float32")) if pins else None
+        judgement = judge_tensor(
+            clear[0], clear[1], reference, own, unit, noisy_reference=wide, pins=pins, pinned=narrow
+        )
+        judgement = _with_open(judgement, open_, sides, reference, number)
+        verdicts[name] = judgement.verdict
+        result.rows.append(
+            row_from_judgement(
+                judgement, check="trajectory", config="", regime=f"step {number}", precision=precision, name=name,
+                device="cpu" if wide else judge.device, shape=reference.shape,
+            )
+        )  # fmt: skip
+    return _Step(number, precision, state, gradients, truth, noise, verdicts)
+
+
+def undetermined_moves(second: np.ndarray, noise: np.ndarray, updates: int) -> np.ndarray:
+    """Where an update's size and sign are those of rounding noise: √v̂ + eps is within the gradient's `noise`.
+
+    AdamW divides by the gradient's own size, so that a gradient which is zero up to rounding moves its parameter by a
+    whole step, either way. `second` is v after the update, `noise` the largest ordinary error of the gradient.
+    """
+    from parity.checks._training import HYPER
+
+    _, beta2 = HYPER["betas"]
+    return np.sqrt(second / -np.expm1(updates * np.log(beta2))) + HYPER["eps"] <= noise
+
+
+def _with_open(
+    judgement: Judgement, open_: np.ndarray, sides: Sequence[np.ndarray], reference: np.ndarray, number: int
+) -> Judgement:
+    """The judgement with its undetermined elements counted; even those may not move further than AdamW can."""
+    if not open_.any():
+        return judgement
+    most = 2.0 * _largest_move(number)  # the reference may lie at the other end
+    words = f"{int(open_.sum())} of {open_.size} elements undetermined: gradients zero up to rounding, so either sign"
+    if any(not np.all(np.abs(x - reference)[open_] <= most) for x in sides):
+        return replace(judgement, verdict=Verdict.DIFFER, evidence=f"{words}, but one moved further than AdamW can")
+    verdict = judgement.verdict
+    if open_.all() and verdict is Verdict.AGREE:
+        verdict = Verdict.UNDETERMINED
+    return replace(judgement, verdict=verdict, evidence=f"{judgement.evidence}; {words}")
+
+
+def _largest_move(number: int) -> float:
+    """The most by which AdamW's m̂/√v̂ can move a parameter at a step, whatever the gradients (Cauchy–Schwarz)."""
+    from parity import oracle
+    from parity.checks._training import HYPER, RECIPE
+
+    (beta1, beta2), updates = HYPER["betas"], number + 1
+    age = np.arange(updates)
+    ratio = np.square((1 - beta1) * beta1**age) / ((1 - beta2) * beta2**age)
+    corrected = np.sqrt(ratio.sum() * -np.expm1(updates * np.log(beta2))) / -np.expm1(updates * np.log(beta1))
+    factor = oracle.factor(number, RECIPE["warmup_steps"], RECIPE["max_steps"], RECIPE["min_ratio"])
+    return float(RECIPE["lr"] * factor * corrected)
+
+
+def _update(
+    state: Mapping[str, np.ndarray],
+    gradients: Mapping[str, np.ndarray],
+    number: int,
+    *,
+    beta2: float | None = None,
+    decay_in_gradient: bool = False,
+    corrected: bool = True,
+    ahead: int = 0,
+) -> dict[str, np.ndarray]:
+    """What one step leaves of given gradients, from the formulas, in numpy's widest float; the options are bugs."""
+    from parity import oracle
+    from parity.checks._training import HYPER, RECIPE
+
+    wide = np.longdouble
+    clipped, norm = oracle.clip(gradients, RECIPE["max_norm"])
+    rate = wide(RECIPE["lr"]) * oracle.factor(
+        number + ahead, RECIPE["warmup_steps"], RECIPE["max_steps"], RECIPE["min_ratio"]
+    )
+    betas = wide(HYPER["betas"][0]), wide(HYPER["betas"][1] if beta2 is None else beta2)
+    eps, decay = wide(HYPER["eps"]), wide(HYPER["weight_decay"])
+    correct1, correct2 = (-np.expm1((number + 1) * np.log(b)) if corrected else wide(1) for b in betas)
+    left: dict[str, np.ndarray] = {"gradient norm": np.asarray(norm, np.float64)}
+    for name, g in clipped.items():
+        p, m, v = (state[f"{k}.{name}"].astype(wide) for k in "pmv")
+        g = g + decay * p if decay_in_gradient else g
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        step = (m / correct1) / (np.sqrt(v / correct2) + eps) + (0 if decay_in_gradient else decay * p)
+        parts = {"displacement": -rate * step, "m": m, "v": v}
+        left |= {f"{name}: {what}": np.asarray(x, np.float64) for what, x in parts.items()}
+    return left
+
+
+# ------------------------------------------------------------------------------------------------ controls of steps
+
+
+def _wrongs(step: _Step, training: Training, inputs: tuple[Any, ...]) -> dict[str, dict[str, np.ndarray]]:
+    """By control, the tensors that it changes, as it would have them."""
+    number, truth = step.number, step.truth
+    moves, kept = [], []
+    for name in truth:
+        tensor, _, what = name.partition(": ")
+        if what == "displacement":
+            moves.append(name)
+        elif what in ("m", "v"):
+            kept.append((name, f"{what}.{tensor}"))
+    only = lambda found, names: {k: found[k] for k in names}  # noqa: E731
+    update = lambda **bug: _update(step.state, step.gradients, number, **bug)  # noqa: E731
+    seconds = [k for k, _ in kept if k.endswith(": v")]
+    wrongs = {
+        "no update": {k: step.state[before] for k, before in kept},
+        "sign flipped": {k: -truth[k] for k, _ in kept},
+        "decay in the gradient": only(update(decay_in_gradient=True), [k for k, _ in kept]),
+        "beta2 0.99": only(update(beta2=0.99), seconds),
+        "no bias correction": {},
+        "rate one step on": only(update(ahead=1), moves),
+    }
+    if number:  # at step 0 the rate is 0, and only a wrong rate moves anything
+        wrongs["no update"] |= {k: np.zeros_like(truth[k]) for k in moves}
+        wrongs["sign flipped"] |= {k: -truth[k] for k in moves}
+        wrongs["decay in the gradient"] |= only(update(decay_in_gradient=True), moves)
+        wrongs["beta2 0.99"] |= only(update(beta2=0.99), moves)
+        wrongs["no bias correction"] = only(update(corrected=False), moves)
+    if step.precision == "float64":
+        from parity.sides import TorchSide
+
+        bad, _ = TorchSide(training.pair(training.flawed()))(step.state, inputs, step.precision)
+        wrongs["eps 1e-6"] = {k: bad[k] for k, _ in kept}
+        if number:
+            wrongs["eps 1e-6"] |= {k: bad[k] - step.state[f"p.{k.partition(': ')[0]}"] for k in moves}
+    return {k: v for k, v in wrongs.items() if v}
+
+
+def _rejected(control: str, tensors: Mapping[str, np.ndarray], step: _Step) -> Control:
+    """Rejected only on every determined tensor that the control changes."""
+    from parity.precision import unit_roundoff
+    from parity.verdict import accepts
+
+    unit, wide = unit_roundoff(step.precision), step.precision == "float64"
+    # A tensor that no gradient reached, a moment that is still zero: a control that leaves the truth shows nothing.
+    names = [
+        k for k, wrong in tensors.items()
+        if step.verdicts[k] is not Verdict.UNDETERMINED and not np.array_equal(wrong, step.truth[k])
+    ]  # fmt: skip
+    passed = [k for k in names if accepts(tensors[k], step.truth[k], step.noise[k], unit, noisy_reference=wide)]
+    where = f"{step.precision}, step {step.number}: {', '.join(passed)}" if passed else ""
+    return Control(control, rejected=bool(names) and not passed, evidence=f"{len(names)}|{len(passed)}|{where}")
+
+
+def _summed(control: str, parts: Sequence[Control]) -> Control:
+    counts = [part.evidence.split("|", 2) for part in parts]
+    shown, passed = sum(int(n) for n, _, _ in counts), sum(int(p) for _, p, _ in counts)
+    words = f"rejected on {shown - passed} of {shown} tensors of {len(parts)} steps"
+    first = next((where for _, _, where in counts if where), None)
+    return Control(control, all(p.rejected for p in parts), words + (f"; passed on {first}" if first else ""))
+
+
+# ------------------------------------------------------------------------------------------------ free runs
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """How far apart rounding alone brings two runs, after each step; `typical` is the middle, `edge` the bound."""
+
+    distance_typical: np.ndarray
+    distance_edge: np.ndarray
+    loss_typical: np.ndarray
+    loss_edge: np.ndarray
+
+
+def distance(one: Run, other: Run) -> np.ndarray:
+    """‖Δ − Δ′‖ / ‖Δ′‖ after each step, Δ being how far all parameters have come from the run's own start.
+
+    Displacements, because a parameter hides its update; and a perturbed start is no distance of its own. Zero where
+    neither has moved.
+    """
+    gap = np.linalg.norm(one.moved_NP - other.moved_NP, axis=1)
+    way = np.linalg.norm(other.moved_NP, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(gap == 0, 0.0, gap / way)
+
+
+def prediction_bound(groups: Sequence[np.ndarray], level: float) -> np.ndarray:
+    """Where one more distance lies with probability 1 − level, at each step, if logs of distances are normal.
+
+        exp(max of the groups' mean logs + t·s·√(1 + 1/K))
+
+    Distances grow by factors, so their logs are what scatters evenly. Each group is (K runs, steps), one framework's;
+    s is the spread within groups, with all their K − 1 degrees of freedom together, t Student's one-sided quantile.
+    """
+    from scipy.special import stdtrit
+
+    logs = [np.log(group) for group in groups]
+    freedom = sum(len(x) - 1 for x in logs)
+    spread = np.sqrt(sum(np.square(x - x.mean(0)).sum(0) for x in logs) / freedom)
+    fewest = min(len(x) for x in logs)
+    reach = -float(stdtrit(freedom, level)) * np.sqrt(1.0 + 1.0 / fewest)
+    return np.exp(np.max([x.mean(0) for x in logs], axis=0) + reach * spread)
+
+
+def envelope(jax: Sequence[Run], torch: Sequence[Run], level: float, unit: float) -> Envelope:
+    """Each framework's perturbed runs against its own first run.
+
+    The loss has a sign and passes through zero differences, so its bound is Student's quantile times the RMS of all
+    perturbed runs' differences, to which the rounding of the two losses that are subtracted is added.
+    """
+    from scipy.special import stdtrit
+
+    sides = {"JAX": jax, "torch": torch}
+    groups = {side: np.stack([distance(x, runs[0]) for x in runs[1:]]) for side, runs in sides.items()}
+    moved = np.linalg.norm(jax[0].moved_NP, axis=1) > 0
+    for side, group in groups.items():
+        at = ~(np.isfinite(group) & (group > 0)).all(0) & moved
+        if at.any():
+            raise CannotLook(
+                f"{side}: a run from perturbed weights has no distance to its own at step {int(np.argmax(at))} (equal "
+                "or not finite), so there is no envelope"
+            )
+    typical, edge = np.zeros(len(moved)), np.zeros(len(moved))
+    live = [group[:, moved] for group in groups.values()]
+    typical[moved] = np.exp(np.mean([np.log(x).mean(0) for x in live], axis=0))
+    edge[moved] = prediction_bound(live, level)
+    apart = np.concatenate([[x.losses_N - runs[0].losses_N for x in runs[1:]] for runs in sides.values()])
+    rounding = unit * np.hypot(jax[0].losses_N, torch[0].losses_N)
+    loss = np.hypot(np.sqrt(np.mean(np.square(apart), axis=0)), rounding)
+    reach = -float(stdtrit(len(apart), level / 2))
+    return Envelope(typical, edge, loss, reach * loss)
+
+
+def free_runs(
+    scope: Scope, training: Training, result: CheckResult, progress: Progress, steps: int | None = None
+) -> None:
+    """Add rows, controls and curves of the free runs to `result`: one seed, or `SEEDS` of them if `scope.full`."""
+    from parity.checks._training import batches, perturbed, start
+    from parity.precision import resolve_device, unit_roundoff
+    from parity.statistics import share
+
+    steps = steps or (STEPS if scope.full else FREE_STEPS)
+    seeds = range(scope.seed, scope.seed + (SEEDS if scope.full else 1))
+    far_jax, far_torch = resolve_device(scope.device)
+    level = share(2 * steps * len(seeds))  # parameters and loss, every step of every run
+    parts: dict[str, list[np.ndarray]] = {}
+    for seed in seeds:
+        progress(seed - scope.seed, len(seeds), f"free run, seed {seed}")
+        begin = start(seed)
+        starts = [begin, *(perturbed(begin, seed, k) for k in range(PERTURBED))]
+        tokens, targets = batches(seed, steps)
+        left = training.jax_runs(starts, tokens, targets, far_jax)
+        right = [training.torch_run(x, tokens, targets, far_torch) for x in starts]
+        _demand_finite(left[0], right[0])
+        bounds = envelope(left, right, level, unit_roundoff("float32"))
+        apart, losses = distance(right[0], left[0]), np.abs(right[0].losses_N - left[0].losses_N)
+        where: dict[str, Any] = {"seed": seed, "device": scope.device}
+        result.rows.append(_row("parameters of a free run", apart, bounds.distance_edge, **where))
+        result.rows.append(_row("loss of a free run", losses, bounds.loss_edge, size=left[0].losses_N, **where))
+        if seed == scope.seed:
+            result.series = _series(left[0], right[0], apart, losses, bounds)
+        if scope.controls:
+            bugs: dict[str, Any] = {
+                "free run: rate one step on": {"ahead": 1},
+                "free run: eps 1e-6": {"module": training.flawed()},
+            }
+            for name, bug in bugs.items():
+                wrong = distance(training.torch_run(begin, tokens, targets, far_torch, **bug), left[0])
+                parts.setdefault(name, []).append(_share(wrong, bounds.distance_edge))
+    for name, shown in parts.items():
+        if shown:
+            result.controls.append(_told(name, shown))
+
+
+def _demand_finite(left: Run, right: Run) -> None:
+    bad = {
+        side: not (np.isfinite(run.losses_N).all() and np.isfinite(run.places_NP).all())
+        for side, run in (("JAX", left), ("torch", right))
+    }
+    if all(bad.values()):
+        raise CannotLook("both free runs became NaN or infinite: NaN beside NaN agrees about nothing")
+
+
+def _row(name: str, found: np.ndarray, edge: np.ndarray, seed: int, device: str, size: np.ndarray | float = 1.0) -> Row:
+    """AGREE if `found` stays within `edge` at every step; NaN is outside. `size` makes what would be seen relative."""
+    share = _share(found, edge)
+    outside = np.flatnonzero(~(share <= 1))
+    worst = int(np.argmax(share))
+    inside = f"inside the envelope for all {len(found)} steps, nearest to its edge after step {worst}, at"
+    verdict, words = Verdict.AGREE, f"{inside} {share[worst]:.0%} of it"
+    if outside.size:
+        first = int(outside[0])
+        verdict = Verdict.DIFFER
+        words = f"left the envelope at step {first}: {found[first]:.3g} where {edge[first]:.3g} is its edge"
+        words += f"; outside at {outside.size} of {len(found)} steps, at most {share[worst]:.3g} times the edge"
+    return Row(
+        "trajectory", "", f"free run, seed {seed}", "float32", name, verdict, words, device=device,
+        shape=(len(found),), excess=float(share[worst]), smallest_seen=_smallest(edge / size),
+    )  # fmt: skip
+
+
+def _smallest(edge: np.ndarray) -> float | None:
+    live = edge[np.isfinite(edge) & (edge > 0)]
+    return float(np.min(live)) if live.size else None
+
+
+def _share(found: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    """found / edge, 0 where both are 0 and infinite where only the edge is, or where `found` is no number."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(found == 0, 0.0, found / edge)
+    return np.where(np.isnan(share), np.inf, share)
+
+
+def _told(name: str, shares: Sequence[np.ndarray]) -> Control:
+    """A bug in a free run is rejected if every run that had it left the envelope; `shares` are distances per edge."""
+    first = [int(np.argmax(~(share <= 1))) for share in shares if not np.all(share <= 1)]
+    words = f"{len(first)} of {len(shares)} runs left the envelope"
+    if first:
+        largest = [float(np.max(share[np.isfinite(share)], initial=0.0)) for share in shares]
+        words += f", by step {max(first)} at the latest; {min(largest):.3g} times the edge or more"
+    return Control(name, rejected=len(first) == len(shares), evidence=words)
+
+
+def _series(left: Run, right: Run, apart: np.ndarray, losses: np.ndarray, bounds: Envelope) -> dict[str, list[float]]:
+    curves = {
+        "step": np.arange(len(apart)),
+        "loss jax": left.losses_N,
+        "loss torch": right.losses_N,
+        "loss difference": losses,
+        "loss difference, typical": bounds.loss_typical,
+        "loss difference, edge": bounds.loss_edge,
+        "distance": apart,
+        "distance, typical": bounds.distance_typical,
+        "distance, edge": bounds.distance_edge,
+    }
+    return {name: [float(x) for x in curve] for name, curve in curves.items()}
