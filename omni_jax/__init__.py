@@ -107,6 +107,7 @@ from .training import (
     TrainConfig,
     Trainer,
     TrainState,
+    accumulated_gradients,
     train,
     train_step_mse,
 )
@@ -192,6 +193,7 @@ __all__ = [
     "DebugRecord",
     "debug_training",
     "train_step_mse",
+    "accumulated_gradients",
     "TrainConfig",
     "TrainState",
     "Trainer",

@@ -115,6 +115,9 @@ class RandomCropSequenceDataset:
     A DataLoader of this file says which epoch it is in, and then the crop of item i is a pure function of
     (seed, epoch, i), whichever thread asks for it and however often.
 
+    The same seed gives other crops in omni_torch, told the epoch or not: the starts come from numpy's bits here, and
+    from a torch.Generator there. The order in which a seeded loader visits the items is the same in both.
+
     Raises:
         ValueError: tokens that are not (N, T) integers, N = 0 or T = 0; a crop_len outside 1 … T; a seed outside
             0 … 2**64 − 1.
@@ -170,35 +173,39 @@ class PaddedBatch:
     padding_mask: Bool[np.ndarray | jax.Array, "B T"]
 
 
-def pad_1d_sequences(seqs: list[np.ndarray], pad_value: int = 0) -> PaddedBatch:
+def pad_1d_sequences(seqs: Sequence[np.ndarray | jax.Array], pad_value: int = 0) -> PaddedBatch:
     """Sequences, each (T_b,), as rows of one length: tokens (B, T_max) int32, `pad_value` behind each row's end.
 
         padding_mask[b, t] = t ≥ lengths[b]
 
     The mask comes from the lengths: a token that equals `pad_value` is a token. int32 where torch has long, because
-    that is what JAX computes with.
+    that is what JAX computes with. Sequences may be on the device: they are fetched.
 
-    Raises ValueError if there are no sequences, or one is not a 1-D array of integers, has length 0 or holds what
-    int32 cannot.
+    Raises ValueError if there are no sequences, or one is not a 1-D array of integers, has length 0 or holds what int32
+    cannot; or if `pad_value` is not such an integer.
 
     >>> batch = pad_1d_sequences([np.array([5, 0, 7]), np.array([8])])
     >>> batch.tokens.tolist(), batch.lengths.tolist(), batch.padding_mask.tolist()
     ([[5, 0, 7], [8, 0, 0]], [3, 1], [[False, False, False], [False, True, True]])
     """
     lengths = _lengths("seqs", seqs)
-    wide = np.full((len(seqs), max(lengths)), _integer("pad_value", pad_value), np.int64)
-    for row, seq in zip(wide, seqs):
+    pad = _integer("pad_value", pad_value)
+    if not -(2**31) <= pad < 2**31:
+        raise ValueError(f"pad_value={pad} is outside -2**31 … 2**31 - 1; give a token id, such as 0")
+    tokens = np.full((len(seqs), max(lengths)), pad, np.int32)
+    for i, (row, seq) in enumerate(zip(tokens, map(np.asarray, seqs))):
+        low, high = int(seq.min()), int(seq.max())  # before the cast, which would wrap in silence
+        if low < -(2**31) or high >= 2**31:
+            bad = low if low < -(2**31) else high
+            raise ValueError(f"seqs[{i}] holds {bad}, which is outside -2**31 … 2**31 - 1; give token ids")
         row[: len(seq)] = seq
-    tokens = wide.astype(np.int32)
-    if not np.array_equal(tokens, wide):
-        raise ValueError("seqs or pad_value: holds an integer outside -2**31 … 2**31 - 1; give token ids")
     lengths_B = np.array(lengths, np.int32)
     padding_mask = np.arange(tokens.shape[1]) >= lengths_B[:, None]
     return PaddedBatch(tokens, lengths_B, padding_mask)
 
 
 def collate_next_token_batch(
-    batch: list[tuple[np.ndarray, np.ndarray]], pad_value: int = 0
+    batch: Sequence[tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]], pad_value: int = 0
 ) -> dict[str, np.ndarray | jax.Array]:
     """Items (input_ids, target_ids) of NextTokenDataset, of any lengths, as one padded batch.
 
@@ -543,11 +550,13 @@ def _rows(tokens: Any, least: int, why: str) -> Int[np.ndarray, "N T"]:
     return tokens
 
 
-def _lengths(name: str, seqs: Sequence[np.ndarray]) -> list[int]:
+def _lengths(name: str, seqs: Sequence[Any]) -> list[int]:
+    if not isinstance(seqs, Sequence | np.ndarray | jax.Array):
+        raise ValueError(f"{name} is a {type(seqs).__name__}, must be a list of 1-D arrays of integers")
     if len(seqs) == 0:
         raise ValueError(f"{name} has no sequences; a batch of nothing cannot be padded, give at least one")
     for i, seq in enumerate(seqs):
-        if not isinstance(seq, np.ndarray):
+        if not isinstance(seq, np.ndarray | jax.Array):
             raise ValueError(f"{name}[{i}] is a {type(seq).__name__}, must be a 1-D array of integers")
         if seq.ndim != 1 or not _is_integer(seq):
             raise ValueError(
@@ -559,6 +568,8 @@ def _lengths(name: str, seqs: Sequence[np.ndarray]) -> list[int]:
 
 
 def _check_pairs(batch: Sequence[Any]) -> None:
+    if not isinstance(batch, Sequence):
+        raise ValueError(f"batch is a {type(batch).__name__}, must be a list of pairs (input_ids, target_ids)")
     if len(batch) == 0:
         raise ValueError("batch has no items; a batch of nothing cannot be collated, give at least one")
     for i, pair in enumerate(batch):
@@ -574,5 +585,5 @@ def _check_pairs(batch: Sequence[Any]) -> None:
             )
 
 
-def _is_integer(tokens: np.ndarray) -> bool:
+def _is_integer(tokens: np.ndarray | jax.Array) -> bool:
     return bool(np.issubdtype(tokens.dtype, np.integer))  # bool is no integer

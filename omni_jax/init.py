@@ -8,6 +8,7 @@ embedding_init. Every uniform draw is half-open, U[−bound, bound): rounding ma
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,11 +45,13 @@ def fan_in_fan_out(weight: Any) -> tuple[int, int]:
     Linear kernel (in, out); Conv kernel (*taps, in / groups, out), HWIO for images: both fans count every tap; an
     embedding (V, D): V and D, by the same rule (torch's layout makes it D and V). `weight` is anything with a shape.
 
-    Raises ValueError below two dimensions.
+    Raises ValueError below two dimensions, and for what has no shape.
 
     >>> fan_in_fan_out(jnp.zeros((5, 3))), fan_in_fan_out(jnp.zeros((3, 3, 4, 6)))
     ((5, 3), (36, 54))
     """
+    if not hasattr(weight, "shape"):
+        raise ValueError(f"weight must be an array, got {type(weight).__name__}; pass the weight itself")
     shape = tuple(weight.shape)
     if len(shape) < 2:
         raise ValueError(
@@ -74,7 +77,7 @@ def xavier_uniform(
     >>> bool(abs(weight).max() <= (6 / 600) ** 0.5), round(float(weight.std()), 2)  # √(2 / 600) = 0.058
     (True, 0.06)
     """
-    if not (math.isfinite(gain) and gain >= 0.0):
+    if not (isinstance(gain, numbers.Real) and math.isfinite(gain) and gain >= 0.0):
         raise ValueError(f"gain must be finite and ≥ 0, got {gain!r}; pass for example gain=1.0")
     fans = sum(_fans(shape))
     return _uniform(key, shape, dtype, gain * math.sqrt(6.0 / fans) if fans else 0.0)
@@ -147,8 +150,10 @@ def bias_default(fan_in: int) -> Callable[..., Float[Array, "*shape"]]:
 
     Raises ValueError for a negative fan_in; the initializer raises it for a dtype that is not floating.
     """
-    if fan_in < 0:
-        raise ValueError(f"fan_in must be ≥ 0, got {fan_in}; pass fan_in_fan_out(weight)[0] of the bias's weight")
+    if not (isinstance(fan_in, numbers.Real) and fan_in >= 0):
+        raise ValueError(
+            f"fan_in must be a number ≥ 0, got {fan_in!r}; pass fan_in_fan_out(weight)[0] of the bias's weight"
+        )
     bound = 1.0 / math.sqrt(fan_in) if fan_in else 0.0
 
     def initializer(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Float[Array, "*shape"]:
@@ -185,7 +190,7 @@ def _wide(dtype: Any) -> jnp.dtype:
 
 
 def _gain(nonlinearity: str) -> float:
-    if nonlinearity not in _GAINS:
+    if not isinstance(nonlinearity, str) or nonlinearity not in _GAINS:
         raise ValueError(
             f"nonlinearity must be one of {', '.join(_GAINS)}, got {nonlinearity!r}; pass the nearest of these"
         )

@@ -12,6 +12,7 @@ compiled program, only outside: there it shows in the norm that `clip_grad_norm`
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -47,7 +48,8 @@ _CLIP_EPS = 1e-6
 class AdamWState(NamedTuple):
     """AdamW's memory of a tree of parameters.
 
-    m: first moments, v: second moments (both trees like the parameters'); t: number of updates made, int32.
+    m: first moments, v: second moments (both trees like the parameters'); t: number of updates made, int32 (a Python
+    int does too).
     """
 
     m: Any
@@ -94,9 +96,10 @@ def adamw_step(
     dtype is held at the largest number.
 
     Raises ValueError for leaves that are not floating point; for trees, shapes or dtypes that differ between params,
-    grads, m and v; for betas outside [0, 1); for an lr, eps or weight_decay that is negative or not finite; for NaN or
-    Inf in a gradient. What is traced has no values to look at: inside jax.jit NaN and Inf go through, into everything
-    they touch; keep the old trees until the gradients' norm has been seen, or wrap `adamw` in optax.apply_if_finite.
+    grads, m and v; for a t that is not an integer or negative; for betas outside [0, 1); for an lr, eps or weight_decay
+    that is not one number, negative or not finite; for NaN or Inf in a gradient. What is traced has no values to look
+    at: inside jax.jit NaN and Inf go through, into everything they touch; keep the old trees until the gradients' norm
+    has been seen, or wrap `adamw` in optax.apply_if_finite.
     Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
 
     >>> p = jnp.array([1.0, -2.0])
@@ -105,7 +108,8 @@ def adamw_step(
     ([0.9, -2.1], 1)
     """
     _check_hyperparameters(lr, betas, eps, weight_decay)
-    return _update(params, grads, state, lr, betas, eps, [weight_decay] * len(jax.tree.leaves(params)))
+    decays = [weight_decay] * len(jax.tree.leaves(params))
+    return _update(params, grads, state, lr, betas, eps, decays, finite=True)
 
 
 def _update(
@@ -114,33 +118,36 @@ def _update(
     state: AdamWState,
     lr: ArrayLike,
     betas: tuple[float, float],
-    eps: float,
-    decays: Sequence[float],
+    eps: ArrayLike,
+    decays: Sequence[ArrayLike],
+    finite: bool,
 ) -> tuple[Tree, AdamWState]:
-    """`adamw_step` with one weight decay per leaf, on hyperparameters that have been checked."""
+    """`adamw_step` with one weight decay per leaf, on hyperparameters that have been checked.
+
+    finite: whether NaN and Inf in the gradients are refused where they can be seen.
+    """
     _check_floating("params", params)
+    _check_state(state)
     for name, tree in (("grads", grads), ("state.m", state.m), ("state.v", state.v)):
         _check_like_params(name, tree, params)
-    if not jnp.issubdtype(jnp.result_type(state.t), jnp.integer) or jnp.shape(state.t) != ():
-        raise ValueError(
-            f"state.t must be an integer scalar (the number of updates made), got {state.t!r}; start from "
-            "init_adamw_state(params), where it is 0"
-        )
-    _check_finite(grads)
+    count = _check_count(state.t)
+    if finite:
+        _check_finite(grads)
     beta1, beta2 = betas
-    t = state.t + 1
+    t = count + 1
     # One correction per working dtype, shared by all leaves.
     wides = {_wide(p.dtype) for p in jax.tree.leaves(params)}
     corrections = {wide: (_bias_correction(beta1, t, wide), _bias_correction(beta2, t, wide)) for wide in wides}
 
-    def update(p: Array, g: Array, m: Array, v: Array, weight_decay: float) -> tuple[Array, Array, Array]:
+    def update(p: Array, g: Array, m: Array, v: Array, weight_decay: ArrayLike) -> tuple[Array, Array, Array]:
         dtype, wide = p.dtype, _wide(p.dtype)
         correction1, correction2 = corrections[wide]
         p, g, m, v = p.astype(wide), g.astype(wide), m.astype(wide), v.astype(wide)
         m = _average(m, g, beta1)
         v = jnp.minimum(_average(v, g * g, beta2), float(jnp.finfo(dtype).max))  # an infinite v would never come back
-        direction = (m / correction1) / (jnp.sqrt(v / correction2) + eps) + weight_decay * p
-        p = p - jnp.asarray(lr, wide) * direction
+        rate, tiny, decay = (jnp.asarray(x, wide) for x in (lr, eps, weight_decay))
+        direction = (m / correction1) / (jnp.sqrt(v / correction2) + tiny) + decay * p
+        p = p - rate * direction
         return p.astype(dtype), m.astype(dtype), v.astype(dtype)
 
     leaves, treedef = jax.tree.flatten(params)
@@ -172,11 +179,11 @@ def clip_grad_norm(grads: Tree, max_norm: float) -> tuple[Tree, Float[Array, ""]
     torch's form: the 1e-6 stands beside the norm (optax.clip_by_global_norm has none). A NaN or Inf gradient makes NaN
     of what it touches and shows in the returned norm.
 
-    Raises ValueError for a max_norm that is not above 0 and for a leaf that is not floating point.
+    Raises ValueError for a max_norm that is not a number above 0 and for a leaf that is not floating point.
     Source: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks, arXiv 1211.5063,
     algorithm 1.
     """
-    _check_max_norm(max_norm)
+    max_norm = _check_max_norm(max_norm)
     norm = global_norm(grads)
     scale = jnp.minimum(max_norm / (norm + _CLIP_EPS), 1.0)  # minimum hands NaN on
 
@@ -212,7 +219,11 @@ def adamw(
 
     lr: a number, or a schedule of the number of updates made before (0 at the first). mask: a tree of bools like the
     parameters, or a function from parameters to one (`decay_mask`); what is False does not decay; None decays all.
-    The state is an `AdamWState`. Put it last in a chain: what it returns are finished updates, learning rate and all.
+    The state is an `AdamWState`. NaN and Inf in a gradient go through, as in optax's own transformations (adamw_step
+    refuses them): optax.apply_if_finite around it skips such an update. lr, eps and weight_decay may be traced, so that
+    optax.inject_hyperparams(adamw)(lr=0.1) works; a mask that is a function needs static_args=("mask",) there, and all
+    but lr stay Python numbers with static_args=("betas", "eps", "weight_decay", "mask"). Put it last in a chain: what
+    it returns are finished updates, learning rate and all.
 
     optax wants updates u with p_new = p + u, so u = p_new − p. Where p and p_new are within a factor of two of each
     other (nearly always) that difference is exact, and optax.apply_updates gives adamw_step's p_new to the last bit.
@@ -220,8 +231,8 @@ def adamw(
     last bit of p_new may differ. adamw_step has no such rounding, because it hands on the parameters and no difference;
     use it (donated) where nothing else of optax is wanted.
 
-    Raises ValueError as `adamw_step` does; for an update without params; for a mask of another structure, or of other
-    things than bools.
+    Raises ValueError as `adamw_step` does, but for NaN and Inf in a gradient; for an update without params; for a mask
+    of another structure, or of other things than Python bools.
     Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
 
     >>> import optax
@@ -233,19 +244,26 @@ def adamw(
     """
     import optax
 
-    _check_hyperparameters(0.0 if callable(lr) else lr, betas, eps, weight_decay)
+    _check_hyperparameters(0.0 if callable(lr) else lr, betas, eps, weight_decay, traced=True)
 
-    def decays(params: Any) -> list[float]:
+    def decays(params: Any) -> list[ArrayLike]:
         tree = mask(params) if callable(mask) else mask
         if tree is None:
             return [weight_decay] * len(jax.tree.leaves(params))
         ours, theirs = jax.tree.structure(tree), jax.tree.structure(params)
-        flags = jax.tree.leaves(tree)
-        if ours != theirs or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+        if ours != theirs:
             raise ValueError(
                 f"mask must be a tree of bools with the structure of params, {theirs}, got {ours}; pass decay_mask"
             )
-        return [weight_decay if flag else 0.0 for flag in flags]
+        flags = jax.tree_util.tree_leaves_with_path(tree)
+        for path, flag in flags:
+            if not isinstance(flag, (bool, np.bool_)):
+                raise ValueError(
+                    f"mask must be a tree of bools, Python's True and False, got {type(flag).__name__} at mask"
+                    f"{jax.tree_util.keystr(path)}; convert it with bool(), or pass decay_mask (under "
+                    'optax.inject_hyperparams with static_args=("mask",))'
+                )
+        return [weight_decay if flag else 0.0 for _, flag in flags]
 
     def init(params: Any) -> AdamWState:
         decays(params)
@@ -254,9 +272,10 @@ def adamw(
     def update(updates: Any, state: AdamWState, params: Any = None) -> tuple[Any, AdamWState]:
         if params is None:
             raise ValueError("params must be given, got None; call update(grads, state, params)")
-        rate = lr(state.t) if callable(lr) else lr
-        _check_hyperparameters(rate, betas, eps, weight_decay)
-        new, state = _update(params, updates, state, rate, betas, eps, decays(params))
+        _check_state(state)
+        rate = lr(_check_count(state.t)) if callable(lr) else lr
+        _check_hyperparameters(rate, betas, eps, weight_decay, traced=True)
+        new, state = _update(params, updates, state, rate, betas, eps, decays(params), finite=False)
         return jax.tree.map(jnp.subtract, new, params), state
 
     # optax's TransformInitFn and TransformUpdateFn are protocols with **extra arguments in some versions.
@@ -357,12 +376,34 @@ def _check_like_params(name: str, tree: Any, params: Any) -> None:
                 )
 
 
+def _check_state(state: Any) -> None:
+    if not isinstance(state, AdamWState):
+        raise ValueError(
+            f"state must be an AdamWState (m, v, t), got {type(state).__name__}; start from init_adamw_state(params)"
+        )
+
+
+def _check_count(t: Any) -> Int[Array, ""]:
+    """The count as an array; a concrete one is looked at."""
+    integer = isinstance(t, (int, np.generic, np.ndarray, jax.Array)) and not isinstance(t, bool)
+    if integer and np.shape(t) == () and jnp.issubdtype(jnp.result_type(t), jnp.integer):
+        if isinstance(t, Tracer):
+            return t
+        if 0 <= int(t) < jnp.iinfo(jnp.int32).max:
+            return t if isinstance(t, jax.Array) else jnp.asarray(int(t), jnp.int32)
+    raise ValueError(
+        f"state.t must be an integer scalar ≥ 0 (the number of updates made), got {t!r}; start from "
+        "init_adamw_state(params), where it is 0"
+    )
+
+
 def _check_finite(grads: Any) -> None:
-    """Refuse NaN and Inf where there are values to look at: outside a trace."""
+    """Refuse NaN and Inf where there are values to look at, outside a trace; they are fetched together."""
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     concrete = [(path, g) for path, g in leaves if not isinstance(g, Tracer)]
     with jax.ensure_compile_time_eval():  # a gradient may be a constant of somebody's traced program
-        bad = {jax.tree_util.keystr(path): g.size - int(jnp.isfinite(g).sum()) for path, g in concrete}
+        counts = jax.device_get([jnp.sum(~jnp.isfinite(g)) for _, g in concrete])
+    bad = {jax.tree_util.keystr(path): int(n) for (path, _), n in zip(concrete, counts, strict=True)}
     for where, count in bad.items():
         if count:
             raise ValueError(
@@ -371,29 +412,51 @@ def _check_finite(grads: Any) -> None:
             )
 
 
-def _check_hyperparameters(lr: ArrayLike, betas: Sequence[float], eps: float, weight_decay: float) -> None:
-    named = [("eps", eps, "1e-8"), ("weight_decay", weight_decay, "0.01")]
-    if any(isinstance(x, Tracer) for x in (eps, weight_decay, *jax.tree.leaves(betas))):
+def _number(value: Any) -> float | None:
+    """A concrete real number, or a 0-d array of one, as a float."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+        return float(np.asarray(value)) if real and not value.ndim else None
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _check_hyperparameters(
+    lr: ArrayLike, betas: Sequence[float], eps: ArrayLike, weight_decay: ArrayLike, traced: bool = False
+) -> None:
+    """traced: whether eps and weight_decay may be, as lr always may."""
+    if any(isinstance(x, Tracer) for x in (*(() if traced else (eps, weight_decay)), *jax.tree.leaves(betas))):
         raise ValueError(
             "betas, eps and weight_decay must be Python numbers, got traced ones; pass "
-            'static_argnames=("betas", "eps", "weight_decay") to jax.jit'
+            'static_argnames=("betas", "eps", "weight_decay") to jax.jit, or to optax.inject_hyperparams '
+            'static_args=("betas", "eps", "weight_decay")'
         )
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+    pair = [_number(beta) for beta in betas] if isinstance(betas, Sequence) else []
+    if len(pair) != 2 or not all(beta is not None and 0.0 <= beta < 1.0 for beta in pair):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}; pass for example betas=(0.9, 0.999)")
-    if jnp.ndim(lr):
-        raise ValueError(f"lr must be a scalar, got shape {jnp.shape(lr)}; pass one number for all of params")
-    if not isinstance(lr, Tracer):
-        named.insert(0, ("lr", float(np.asarray(lr)), "1e-3"))
-    for name, value, example in named:
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"{name} must be finite and ≥ 0, got {value!r}; pass for example {name}={example}")
+    for name, value, example in (("lr", lr, "1e-3"), ("eps", eps, "1e-8"), ("weight_decay", weight_decay, "0.01")):
+        shape = getattr(value, "shape", ())
+        if len(shape):
+            raise ValueError(f"{name} must be a scalar, got shape {shape}; pass one number for all of params")
+        if isinstance(value, Tracer):
+            continue
+        number = _number(value)
+        if number is None or not (math.isfinite(number) and number >= 0.0):
+            what = "a number, finite and ≥ 0" if number is None else "finite and ≥ 0"
+            raise ValueError(f"{name} must be {what}, got {value!r}; pass for example {name}={example}")
 
 
-def _check_max_norm(max_norm: float) -> None:
-    if not max_norm > 0.0:  # NaN fails too
+def _check_max_norm(max_norm: float) -> float:
+    number = None if isinstance(max_norm, Tracer) else _number(max_norm)
+    if number is None or not number > 0.0:  # NaN fails too
         raise ValueError(
             f"max_norm must be > 0 (inf only measures the norm), got {max_norm!r}; pass for example max_norm=1.0"
         )
+    return number
 
 
 def _check_schedule(warmup_steps: int, max_steps: int, min_ratio: float) -> None:

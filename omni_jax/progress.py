@@ -19,6 +19,9 @@ class TrainingProgress:
 
     def __init__(self, total: int, done: int, quiet: bool = False) -> None:
         self._total, self._done, self._quiet = total, done, quiet
+        self._loss: float | None = None
+        self._rate: float | None = None
+        self._val_loss: float | None = None
         self._bar: Any = None
         self._task: Any = None
         self._since = time.perf_counter()
@@ -32,12 +35,12 @@ class TrainingProgress:
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s, left"),
+                TextColumn("{task.fields[figures]}, left"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 refresh_per_second=2,
             )
-            self._task = self._bar.add_task("", total=self._total, completed=self._done, loss=float("nan"), rate=0.0)
+            self._task = self._bar.add_task("", total=self._total, completed=self._done, figures=self._figures())
             self._bar.start()
         self._since = time.perf_counter()
         return self
@@ -48,21 +51,34 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.stop()
 
+    def advance(self, step: int) -> None:
+        """`step` updates are done, and nothing else is known of them: moves the bar, prints no line."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
     def update(self, step: int, loss: float, tokens_per_second: float, val_loss: float | None = None) -> None:
         """`step` updates are done; `loss` is the last one's, nats per token."""
         if self._quiet:
             return
+        self._loss, self._rate = loss, tokens_per_second
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=loss, rate=tokens_per_second)
+            self._val_loss = self._val_loss if val_loss is None else val_loss  # the bar keeps showing the last one
+            self._bar.update(self._task, completed=step, figures=self._figures())
             return
+        self._val_loss = val_loss
         # By the last steps alone: the first of a run are slow, they compile.
         now = time.perf_counter()
         left = (now - self._since) / max(step - self._done, 1) * (self._total - step)
         self._since, self._done = now, step
-        validation = "" if val_loss is None else f"  validation {val_loss:.4f}"
         print(
-            f"step {step}/{self._total}  loss {loss:.4f}{validation}  {tokens_per_second:,.0f} tokens/s  "
-            f"left {timedelta(seconds=round(left))}",
+            f"step {step}/{self._total}  {self._figures()}  left {timedelta(seconds=round(left))}",
             file=sys.stderr,
             flush=True,
         )
+
+    def _figures(self) -> str:
+        """Loss, validation loss once it was taken, tokens/s; a dash for what is not known yet."""
+        loss = "–" if self._loss is None else f"{self._loss:.4f}"
+        rate = "–" if self._rate is None else f"{self._rate:,.0f}"
+        validation = "" if self._val_loss is None else f"  validation {self._val_loss:.4f}"
+        return f"loss {loss}{validation}  {rate} tokens/s"

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ from .training_format import BETAS, EPS, optimizer_dict, saved_moments, schedule
 from .training_text import counted, document_rows, read_documents, split_documents
 from .training_utils import NumericalError, validate_loss
 
-__all__ = ["train_step_mse", "TrainConfig", "TrainState", "Trainer", "train"]
+__all__ = ["train_step_mse", "accumulated_gradients", "TrainConfig", "TrainState", "Trainer", "train"]
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -70,13 +71,22 @@ def train_step_mse(
 
     Raises:
         ValueError: y has another shape than the prediction, or is empty.
+        NumericalError: the loss or a gradient is NaN or Inf; model and opt_state are as they were.
     """
-    x, y = batch
+    x, y = (jnp.asarray(part) for part in batch)
     new = nnx.clone(model)
     new.train()  # part of the graphdef: one program, whichever mode the given model was in
     graphdef, params, rest = nnx.split(new, nnx.Param, ...)
-    params, rest, opt_state, loss = _mse_step(graphdef, optimizer, params, rest, opt_state, x, y)
+    params, rest, opt_state, loss, finite = _mse_step(graphdef, optimizer, params, rest, opt_state, x, y)
+    if not finite:
+        raise NumericalError(_NOT_FINITE.format(loss=float(loss)))
     return nnx.merge(graphdef, params, rest), opt_state, float(loss)
+
+
+_NOT_FINITE = (
+    "the loss is {loss} or a gradient holds NaN or Inf, all must be finite; no parameter was updated. Look at the "
+    "batch (debug_training prints its ranges), or lower the learning rate"
+)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "optimizer"))
@@ -92,7 +102,8 @@ def _mse_step(graphdef: Any, optimizer: Any, params: Any, rest: Any, opt_state: 
     with jax.numpy_dtype_promotion("standard"):  # optax's own code does not run under "strict"
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-    return params, rest, opt_state, loss
+    finite = jnp.stack([jnp.isfinite(x).all() for x in (loss, *jax.tree.leaves(grads))]).all()
+    return params, rest, opt_state, loss, finite
 
 
 def _mean_squared_error(pred: Float[Array, "*N"], y: Array) -> Float[Array, ""]:
@@ -104,6 +115,60 @@ def _mean_squared_error(pred: Float[Array, "*N"], y: Array) -> Float[Array, ""]:
         )
     wide = statistics_dtype(pred.dtype)
     return jnp.mean(jnp.square(pred.astype(wide) - y.astype(wide)))
+
+
+def accumulated_gradients(
+    nats_of: Callable[[Any, Any], tuple[Float[Array, ""], Int[Array, ""]]],
+    params: Any,
+    batches: Any,
+) -> tuple[Float[Array, ""], Any, Int[Array, ""]]:
+    """Loss and gradients of one big batch from its micro-batches: (loss, gradients like `params`, counted tokens).
+
+        loss = Σ nats / max(Σ tokens, 1)
+        gradients = Σ ∇nats / max(Σ tokens, 1)
+
+    Sums over micro-batches, divided once. The mean of their mean losses is something else wherever they count unequal
+    numbers of tokens. A micro-batch that counts none adds nothing; if none counts any, loss and gradients are zero.
+    One micro-batch's intermediates are held at a time (lax.scan), and nats_of is traced once however many there are.
+    Pure, so that it can stand in a larger program under jit. Nats are summed in promote_types(dtype, float32),
+    gradients in their parameters' dtype.
+
+    >>> rows = jnp.array([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
+    >>> def nats_of(params, row):  # zeros are padding: 3 tokens count, then 1
+    ...     return jnp.sum(params["w"] * row), jnp.sum(row != 0, dtype=jnp.int32)
+    >>> loss, gradients, tokens = accumulated_gradients(nats_of, {"w": jnp.array(1.0)}, rows)
+    >>> loss.item(), gradients["w"].item(), tokens.item()  # the mean of the means would be 4.0
+    (3.0, 3.0, 4)
+
+    Args:
+        nats_of: (params, micro-batch) -> (Σ nats over its counted tokens, their number), both scalars; it is 0, not
+            0 / 0, where no token counts.
+        params: parameters, a tree of arrays. One that nats_of does not use gets zeros.
+        batches: micro-batches stacked on a leading axis of every array, any tree; unequal lengths are padded.
+
+    Raises:
+        ValueError: no micro-batch, or arrays in `batches` that hold unequal numbers of them.
+
+    What the mean of the means did to training: https://github.com/huggingface/transformers/issues/34191.
+    """
+    lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batches)}
+    if len(lengths) != 1 or lengths & {(), (0,)}:
+        raise ValueError(
+            f"batches has leading axes {sorted(lengths)}, must have the same one everywhere, of length at least 1; "
+            "stack the micro-batches"
+        )
+
+    def add_micro_batch(totals: tuple, batch: Any) -> tuple[tuple, None]:
+        (nats, count), gradients = jax.value_and_grad(nats_of, has_aux=True)(params, batch)
+        micro = (nats.astype(wide), jnp.asarray(count, jnp.int32), gradients)
+        return jax.tree.map(jnp.add, totals, micro), None
+
+    wide = statistics_dtype(jax.tree.leaves(params)[0].dtype)
+    zeros = (jnp.zeros((), wide), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    (nats, tokens, gradients), _ = jax.lax.scan(add_micro_batch, zeros, batches)
+    divisor = jnp.maximum(tokens, 1)
+    gradients = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradients)
+    return nats / divisor.astype(wide), gradients, tokens
 
 
 @dataclass
@@ -229,6 +294,7 @@ class Trainer:
             try:
                 while state.step < until and not interrupt.requested:
                     tokens += self._update()
+                    progress.advance(state.step)
                     ended = state.step == train.max_steps
                     validated = len(self._rows_NBT) > 0 and (state.step % train.val_freq == 0 or ended)
                     if state.step % train.print_freq == 0 or validated or ended:
@@ -333,7 +399,7 @@ class Trainer:
         return [arrays[key] for key in self._keys]
 
     def _restore(self) -> None:
-        checkpoint = load_checkpoint(self.folder.last)
+        checkpoint = self.folder.load_last(load_checkpoint)
         step, moments = saved_moments(checkpoint, self._keys)
 
         def tree_of(arrays: Any) -> Any:
@@ -365,22 +431,15 @@ def _train_step(
     train = train_config
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), _DROPOUT), optimizer.t)
 
-    def add_micro_batch(totals: tuple, xs: tuple) -> tuple[tuple, None]:
-        tokens_BT, micro = xs
-        streams = _reseeded(rest, jax.random.fold_in(key, micro))
-        (nats, count), grads = jax.value_and_grad(_nats, argnums=1, has_aux=True)(
-            graphdef, params, streams, tokens_BT, train.use_amp
-        )
-        return jax.tree.map(jnp.add, totals, (nats, count, grads)), None
+    def nats_of(params: Any, batch: tuple[Array, Array]) -> tuple[Array, Array]:
+        tokens_BT, micro = batch
+        return _nats(graphdef, params, _reseeded(rest, jax.random.fold_in(key, micro)), tokens_BT, train.use_amp)
 
-    zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
-    xs = (tokens_ABT, jnp.arange(tokens_ABT.shape[0], dtype=jnp.int32))
-    (nats, count, grads), _ = jax.lax.scan(add_micro_batch, zeros, xs)
-    tokens = jnp.maximum(count, 1).astype(nats.dtype)
-    grads, grad_norm = clip_grad_norm(jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads), train.max_grad_norm)
+    batches = (tokens_ABT, jnp.arange(tokens_ABT.shape[0], dtype=jnp.int32))
+    loss, grads, _ = accumulated_gradients(nats_of, params, batches)
+    grads, grad_norm = clip_grad_norm(grads, train.max_grad_norm)
     lr = train.lr * warmup_cosine(optimizer.t, train.warmup_steps, train.max_steps)
     new_params, new_optimizer = adamw_step(params, grads, optimizer, lr, BETAS, EPS, train.wd)
-    loss = nats / tokens
     # The host looks later: a bad update, and all after it, leave the state as it was.
     ok = before.ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     new = (new_params, new_optimizer)

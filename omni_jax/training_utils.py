@@ -178,8 +178,9 @@ def get_lr_scheduler(
     optax.inject_hyperparams.
 
     Raises:
-        ValueError: an lr that is negative or not finite; warmup_steps < 0, max_steps ≤ warmup_steps, min_lr_ratio
-            outside [0, 1]; from the schedule, a step that is not a whole scalar or is negative.
+        ValueError: an lr that is negative or not finite; warmup_steps or max_steps that is no integer,
+            warmup_steps < 0, max_steps ≤ warmup_steps, min_lr_ratio outside [0, 1]; from the schedule, a step that is
+            not a whole scalar or is negative (a traced one cannot be looked at).
     Source: Loshchilov & Hutter, SGDR, arXiv 1608.03983, equation 5 (one period, no restart), with a linear start.
 
     >>> schedule = get_lr_scheduler(0.5, warmup_steps=2, max_steps=10)
@@ -187,6 +188,7 @@ def get_lr_scheduler(
     [0.0, 0.25, 0.5, 0.05]
     """
     _check_min_lr_ratio(min_lr_ratio)
+    warmup_steps, max_steps = _check_count("warmup_steps", warmup_steps), _check_count("max_steps", max_steps)
     warmup_cosine(0, warmup_steps, max_steps, min_lr_ratio)  # raises now, not at the first step
     if not isinstance(lr, Tracer):
         value = _real_scalar("lr", lr)
@@ -216,17 +218,20 @@ def set_seed(seed: int) -> Key[Array, ""]:
 class DebugRecord:
     """What `debug_training` saw of one batch; a field is None where it stopped before.
 
-    batch: number of the batch, from 0. input_*, output_*: shape, dtype and (smallest, largest) value of what went into
-    the model and came out. loss; grad_norm: global norm of the gradients, unclipped; param_norm: that of the
-    parameters before the update; update_norm: that of the change. problem: why it stopped here, in a sentence;
-    where: the first bad tensor: "x", "y" or the batch's key, "parameters: NAME", "output: MODULE", "output", "loss",
-    "gradients: NAME" or "updates: NAME".
+    batch: number of the batch, from 0. input_*, target_*, output_*: shape, dtype and (smallest, largest) value of what
+    went into the model, of what the loss compares with, and of what came out. loss; grad_norm: global norm of the
+    gradients, unclipped; param_norm: that of the parameters before the update; update_norm: that of the change.
+    problem: why it stopped here, in a sentence; where: the first bad tensor: "x", "y" or the batch's key,
+    "parameters: NAME", "output: MODULE", "output", "loss", "gradients: NAME", "updates: NAME" or "updates".
     """
 
     batch: int
     input_shape: tuple[int, ...]
     input_dtype: str
     input_range: tuple[float, float]
+    target_shape: tuple[int, ...]
+    target_dtype: str
+    target_range: tuple[float, float]
     output_shape: tuple[int, ...] | None = None
     output_dtype: str | None = None
     output_range: tuple[float, float] | None = None
@@ -247,10 +252,12 @@ def debug_training(
 ) -> list[DebugRecord]:
     """Train on the first `max_batches` batches under a magnifier; prints what it sees and returns it, one per batch.
 
-    Per batch: shape, dtype and range of input and output, the loss, the gradients' norm, the size of the update. Stops
-    at the first bad batch, before that batch's update, and says which tensor was the first bad one:
-    NaN or Inf in the input; a loss that is NaN, Inf or outside ±1e6; a gradient norm that is NaN, Inf or above 100. An
-    update that turns out NaN or Inf stops it too.
+    Per batch: shape, dtype and range of input, target and output, the loss, the gradients' norm, the size of the
+    update. Stops at the first bad batch, before that batch's update, and says which tensor was the first bad one: NaN
+    or Inf in input or target; a loss that is NaN, Inf or outside ±1e6; a loss that broadcasts the output against a
+    floating target of another shape; a gradient norm that is NaN, Inf or above 100. An
+    update that turns out NaN or Inf stops it too; so does one that is not 0 and yet changes no parameter. (An update of
+    0 does not: an optax schedule may begin with it, or optax.MultiSteps still collect.)
 
     `optimizer` is an optax.GradientTransformation, started afresh here. The updates are made to a copy: parameters,
     random streams and statistics of `model` stay as they are. Train or eval mode is what the model is in.
@@ -302,7 +309,7 @@ class _Run:
         import optax
 
         (x_name, x), (y_name, y), extra = _parts(batch, number)
-        seen = DebugRecord(number, tuple(x.shape), x.dtype.name, _range(x))
+        seen = DebugRecord(number, tuple(x.shape), x.dtype.name, _range(x), tuple(y.shape), y.dtype.name, _range(y))
         for name, value in ((x_name, x), (y_name, y)):
             try:
                 check_numerical_stability(value, name)
@@ -322,6 +329,10 @@ class _Run:
             where = "loss" if finite else _bad_parameter(params) or self.first_bad_output(params, rest, x, y, extra)
             return replace(seen, problem=str(error), where=where), params, rest
 
+        problem = _broadcast_problem(output, y, cast(float, seen.loss), self.loss_fn)
+        if problem:
+            return replace(seen, problem=problem, where="loss"), params, rest
+
         norms = _norms(_gradients(grads))
         seen = replace(seen, grad_norm=_total(norms))
         try:
@@ -337,6 +348,13 @@ class _Run:
         if not math.isfinite(cast(float, seen.update_norm)):
             problem = "the optimizer's update is not finite; look at its lr, eps and state"
             return replace(seen, problem=problem, where=f"updates: {_first_bad(changes)}"), params, rest
+        # An optimizer is started on this model's parameters here: it cannot hold another's, as one in torch may.
+        if seen.update_norm == 0.0 and _total(_norms(_named_leaves(updates))) > 0.0:
+            problem = (
+                f"the update changed nothing, at a gradient norm of {seen.grad_norm:.6g}: it is too small for the "
+                "parameters' dtype; raise the learning rate, or keep the parameters in float32"
+            )
+            return replace(seen, problem=problem, where="updates"), params, rest
         return seen, new_params, new_rest
 
     def first_bad_output(self, params: Any, rest: Any, x: Array, y: Array, extra: dict[str, Array]) -> str:
@@ -402,6 +420,8 @@ def _print_record(seen: DebugRecord) -> None:
     print(f"Batch {seen.batch}:")
     print(f"  Input shape: {seen.input_shape}, dtype: {seen.input_dtype}")
     print(f"  Input range: {_show(seen.input_range)}")
+    print(f"  Target shape: {seen.target_shape}, dtype: {seen.target_dtype}")
+    print(f"  Target range: {_show(seen.target_range)}")
     if seen.output_range is not None:
         print(f"  Output shape: {seen.output_shape}, dtype: {seen.output_dtype}")
         print(f"  Output range: {_show(seen.output_range)}")
@@ -413,6 +433,36 @@ def _print_record(seen: DebugRecord) -> None:
         print(f"  Update size: {seen.update_norm:.6g} (parameters: {seen.param_norm:.6g})")
     if seen.problem is not None:
         print(f"  STOP at {seen.where}: {seen.problem}")
+
+
+def _broadcast_problem(output: Any, y: Array, loss: float, loss_fn: Callable[..., Array]) -> str | None:
+    """Why a loss over all pairs of `output` and `y` is none over the examples; None if it is not of that kind.
+
+    Class indices have another shape by right, and so they are left alone; so is a loss that puts the shapes right
+    itself. Over all pairs it does not matter, up to rounding, which target stands where, and the loss is another one
+    than that of an output which has the target's shape.
+    """
+    if not isinstance(output, jax.Array) or output.shape == y.shape or not jnp.issubdtype(y.dtype, jnp.floating):
+        return None
+    try:
+        np.broadcast_shapes(tuple(output.shape), tuple(y.shape))
+    except ValueError:
+        return None
+    if output.size == y.size:
+        try:
+            reshaped, permuted = (
+                _real_scalar("loss", loss_fn(*pair))
+                for pair in ((output.reshape(y.shape), y), (output, jnp.roll(y, 1)))
+            )
+        except Exception:  # whatever a loss raises for another shape: it wants this one
+            return None
+        rounding = float(jnp.finfo(y.dtype).eps) * y.size
+        if math.isclose(reshaped, loss, rel_tol=rounding) or not math.isclose(permuted, loss, rel_tol=rounding):
+            return None
+    return (
+        f"the loss broadcasts {tuple(output.shape)} against {tuple(y.shape)}: every output meets every target; give "
+        "both one shape, for example y[:, None] or pred.squeeze(-1)"
+    )
 
 
 def _show(pair: tuple[float, float]) -> str:
@@ -476,9 +526,12 @@ def _real_scalar(name: str, value: Any) -> float:
 
 def _whole(step: ArrayLike) -> Any:
     """A count as integers; optax counts in int32, inject_hyperparams may hand on what a user keeps in float32."""
-    if isinstance(step, Tracer) or not jnp.issubdtype(jnp.result_type(step), jnp.floating):
-        floating = isinstance(step, Tracer) and jnp.issubdtype(step.dtype, jnp.floating)
-        return jnp.round(step).astype(jnp.int32) if floating else step
+    if isinstance(step, Tracer):
+        return jnp.round(step).astype(jnp.int32) if jnp.issubdtype(step.dtype, jnp.floating) else step
+    if not jnp.issubdtype(jnp.result_type(step), jnp.floating):
+        if isinstance(step, jax.Array) and not step.ndim and int(step) < 0:  # warmup_cosine looks at Python's only
+            raise ValueError(f"step must be ≥ 0, got {step}; pass the number of updates made so far")
+        return step
     value = _real_scalar("step", step)
     if not value.is_integer():
         raise ValueError(f"step must be a whole number, got {value}; pass the number of updates made so far")
@@ -563,6 +616,15 @@ def _check_min_lr_ratio(min_lr_ratio: float) -> None:
         raise ValueError(
             f"min_lr_ratio must be in [0, 1], got {min_lr_ratio!r}; pass the last factor itself, for example 0.1"
         )
+
+
+def _check_count(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass a number of updates"
+        ) from None
 
 
 def _check_seed(seed: Any) -> int:

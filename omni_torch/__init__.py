@@ -105,6 +105,7 @@ from .training import (
     TrainConfig,
     Trainer,
     TrainState,
+    accumulated_gradients,
     train,
     train_step_mse,
 )
@@ -190,6 +191,7 @@ __all__ = [
     "DebugRecord",
     "debug_training",
     "train_step_mse",
+    "accumulated_gradients",
     "TrainConfig",
     "TrainState",
     "Trainer",

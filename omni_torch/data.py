@@ -11,16 +11,26 @@ that is resumed, here or there, needs to know its seed and its step, nothing els
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    get_worker_info,
+)
 
 from .config import BOS_ID
 
@@ -47,7 +57,7 @@ class TensorPairDataset(Dataset):
     x: (N, ...), y: (N, ...); items are views. Indices may be negative and of any integer type.
 
     Raises:
-        ValueError: x and y of unequal N, without a first axis, or with no items.
+        ValueError: x or y is no tensor or has no first axis, their N are unequal, or there are no items.
         IndexError: an item outside -N … N − 1.
 
     >>> dataset = TensorPairDataset(torch.tensor([[1.0], [2.0]]), torch.tensor([10, 20]))
@@ -57,6 +67,8 @@ class TensorPairDataset(Dataset):
 
     def __init__(self, x: Shaped[Tensor, "..."], y: Shaped[Tensor, "..."]):
         for name, value in (("x", x), ("y", y)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} is a {type(value).__name__}, must be a tensor (N, ...); use torch.as_tensor")
             if value.ndim == 0:
                 raise ValueError(f"{name} has no axes: must be (N, ...); give one row per item")
         if len(x) != len(y):
@@ -110,6 +122,9 @@ class RandomCropSequenceDataset(Dataset):
     from `seed` and the worker's own seed (torch.utils.data.get_worker_info().seed), which is another one for every
     worker and epoch. Such a run repeats if the loader's seeds do: make_dataloader(seed=...), or torch.manual_seed.
 
+    The same seed gives other crops in omni_jax, told the epoch or not: the starts come from a torch.Generator here, and
+    from numpy's bits there. The order in which a seeded loader visits the items is the same in both.
+
     Raises:
         ValueError: tokens that are not (N, T) integers, N = 0 or T = 0; a crop_len outside 1 … T; a seed outside
             0 … 2**64 − 1.
@@ -132,12 +147,14 @@ class RandomCropSequenceDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """From now on the crop of item i is a pure function of (seed, epoch, i): no order of access, no worker enters.
 
-        make_dataloader with a seed says this at the start of every epoch. Without a seed of the dataset's own it
-        changes nothing.
+        make_dataloader with a seed says this to a copy of the dataset, at the start of every epoch. Without a seed of
+        the dataset's own it changes nothing.
 
         Raises ValueError for an epoch outside 0 … 2**64 − 1.
         """
         self._epoch = _word("epoch", epoch)
+        if self._generator is not None:
+            self._generator = torch.Generator()  # seeded at every access; a shallow copy shares the one it had
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -180,7 +197,8 @@ def pad_1d_sequences(seqs: list[Tensor], pad_value: int = 0) -> PaddedBatch:
 
     The mask comes from the lengths: a token that equals `pad_value` is a token.
 
-    Raises ValueError if there are no sequences, or one is not a 1-D tensor of integers or has length 0.
+    Raises ValueError if there are no sequences, or one is not a 1-D tensor of integers, has length 0 or holds what long
+    cannot; or if `pad_value` is not such an integer.
 
     >>> batch = pad_1d_sequences([torch.tensor([5, 0, 7]), torch.tensor([8])])
     >>> batch.tokens.tolist(), batch.lengths.tolist(), batch.padding_mask.tolist()
@@ -188,8 +206,14 @@ def pad_1d_sequences(seqs: list[Tensor], pad_value: int = 0) -> PaddedBatch:
     """
     lengths = _lengths("seqs", seqs)
     device = seqs[0].device
-    tokens = torch.full((len(seqs), max(lengths)), _integer("pad_value", pad_value), dtype=torch.long, device=device)
-    for row, seq in zip(tokens, seqs):
+    pad = _integer("pad_value", pad_value)
+    if not -(2**63) <= pad < 2**63:
+        raise ValueError(f"pad_value={pad} is outside -2**63 … 2**63 - 1; give a token id, such as 0")
+    tokens = torch.full((len(seqs), max(lengths)), pad, dtype=torch.long, device=device)
+    for i, (row, seq) in enumerate(zip(tokens, seqs)):
+        # The cast to long would wrap in silence; what is too large for it has the sign bit.
+        if seq.dtype == torch.uint64 and bool((seq.view(torch.int64) < 0).any()):
+            raise ValueError(f"seqs[{i}] holds an integer above 2**63 - 1, more than long can; give token ids")
         row[: len(seq)] = seq
     lengths_B = torch.tensor(lengths, dtype=torch.long, device=device)
     padding_mask = torch.arange(tokens.shape[1], device=device) >= lengths_B[:, None]
@@ -241,16 +265,40 @@ class _EpochSampler(Sampler[int]):
 
 
 class _SeededLoader(DataLoader):
-    """A DataLoader whose every epoch is a function of (seed, epoch): order, seeds of the workers, random crops."""
+    """A DataLoader whose every epoch is a function of (seed, epoch): order, seeds of the workers, random crops.
+
+    Every iterator works for a copy of the loader, with dataset, sampler and generator of its own: the caller's dataset
+    is left as it is, and iterators that live side by side do not meet.
+    """
 
     def __iter__(self):
-        sampler: Any = self.sampler
-        generator: Any = self.generator
-        # Before the workers are made: they work on copies of the dataset and take their seeds from the generator.
-        generator.manual_seed(int(_draws(1, _WORKER, seed=sampler.seed, epoch=sampler.epoch)[0]))
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(sampler.epoch)  # type: ignore[attr-defined]
-        return super().__iter__()
+        ours: Any = self.sampler
+        epoch, ours.epoch = ours.epoch, ours.epoch + 1  # now: a sampler is asked for its order at the first batch only
+        sampler = copy.copy(ours)
+        sampler.set_epoch(epoch)
+        loader = copy.copy(self)
+        # A loader refuses new attributes of these names once it is made; this copy has made nothing yet.
+        loader.__dict__.update(
+            dataset=_told(self.dataset, epoch),
+            sampler=sampler,
+            batch_sampler=BatchSampler(sampler, cast(int, self.batch_size), self.drop_last),
+            generator=torch.Generator().manual_seed(int(_draws(1, _WORKER, seed=ours.seed, epoch=epoch)[0])),
+        )
+        return super(_SeededLoader, loader).__iter__()
+
+
+def _told(dataset: Any, epoch: int) -> Any:
+    """A shallow copy of the dataset that knows the epoch; itself, if there is nobody to tell."""
+    told = copy.copy(dataset)
+    if hasattr(dataset, "set_epoch"):
+        told.set_epoch(epoch)
+    elif isinstance(dataset, Subset):
+        told.dataset = _told(dataset.dataset, epoch)
+    elif isinstance(dataset, ConcatDataset):
+        told.datasets = [_told(part, epoch) for part in dataset.datasets]
+    else:
+        return dataset
+    return told
 
 
 def make_dataloader(
@@ -266,8 +314,10 @@ def make_dataloader(
 
     With a seed, epoch e visits the items in the order epoch_order(len(dataset), seed, e), the same as omni_jax's
     loader; every iteration over the loader is the next epoch, and `loader.sampler.set_epoch(e)` goes to epoch e. Then
-    the seeds of the workers depend on (seed, e) alone, and a dataset with a method `set_epoch` is told e. Without a
-    seed the order comes from torch's global generator.
+    the seeds of the workers depend on (seed, e) alone, and a dataset with a method `set_epoch` is copied (shallowly)
+    for every iteration, and the copy is told e; so are the parts of a Subset and a ConcatDataset. Another wrapper must
+    have a set_epoch that hands on what it is told (to a copy). Without a seed the order comes from torch's global
+    generator.
 
     Raises ValueError if batch_size < 1, num_workers < 0, the dataset is empty, drop_last leaves no batch at all, seed
     is outside 0 … 2**64 − 1, or a seed is given with an IterableDataset, whose order is its own.
@@ -430,6 +480,8 @@ def _ids(name: str, ids: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _rows(tokens: Tensor, least: int, why: str) -> Int[Tensor, "N T"]:
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens is a {type(tokens).__name__}, must be a tensor (N, T) of integers; use torch.tensor")
     if tokens.ndim != 2 or not _is_integer(tokens):
         raise ValueError(f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: must be (N, T) integers")
     if tokens.shape[0] == 0:
@@ -440,6 +492,8 @@ def _rows(tokens: Tensor, least: int, why: str) -> Int[Tensor, "N T"]:
 
 
 def _lengths(name: str, seqs: Sequence[Tensor]) -> list[int]:
+    if not isinstance(seqs, Sequence | Tensor):
+        raise ValueError(f"{name} is a {type(seqs).__name__}, must be a list of 1-D tensors of integers")
     if len(seqs) == 0:
         raise ValueError(f"{name} has no sequences; a batch of nothing cannot be padded, give at least one")
     for i, seq in enumerate(seqs):
@@ -455,6 +509,8 @@ def _lengths(name: str, seqs: Sequence[Tensor]) -> list[int]:
 
 
 def _check_pairs(batch: Sequence[Any]) -> None:
+    if not isinstance(batch, Sequence):
+        raise ValueError(f"batch is a {type(batch).__name__}, must be a list of pairs (input_ids, target_ids)")
     if len(batch) == 0:
         raise ValueError("batch has no items; a batch of nothing cannot be collated, give at least one")
     for i, pair in enumerate(batch):

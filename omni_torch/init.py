@@ -8,9 +8,12 @@ uniform has 256 levels, and a mean that is visibly off.
 from __future__ import annotations
 
 import math
+import numbers
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "fan_in_fan_out",
@@ -41,11 +44,12 @@ def fan_in_fan_out(weight: torch.Tensor) -> tuple[int, int]:
     Linear (out, in); Conv (out, in / groups, *kernel): both fans count every tap of the kernel; Embedding (V, D): D
     and V, by the same rule.
 
-    Raises ValueError below two dimensions.
+    Raises ValueError below two dimensions, and for what is not a tensor or has no shape yet (a lazy layer's weight).
 
     >>> fan_in_fan_out(torch.empty(3, 5)), fan_in_fan_out(nn.Conv2d(4, 6, kernel_size=3).weight)
     ((5, 3), (36, 54))
     """
+    _check_tensor(weight)
     if weight.ndim < 2:
         raise ValueError(
             f"weight must have at least 2 dimensions (out, in, ...), got shape {tuple(weight.shape)}; for a bias use "
@@ -68,7 +72,7 @@ def xavier_uniform_(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
     >>> bool(weight.abs().max() <= (6 / 600) ** 0.5), round(float(weight.std()), 2)  # √(2 / 600) = 0.058
     (True, 0.06)
     """
-    if not (math.isfinite(gain) and gain >= 0.0):
+    if not (isinstance(gain, numbers.Real) and math.isfinite(gain) and gain >= 0.0):
         raise ValueError(f"gain must be finite and ≥ 0, got {gain!r}; pass for example gain=1.0")
     fans = sum(fan_in_fan_out(weight))
     return _uniform_(weight, gain * math.sqrt(6.0 / fans) if fans else 0.0)
@@ -93,7 +97,8 @@ def init_linear_(layer: nn.Linear, scheme: str = "xavier") -> nn.Linear:
 
     scheme: "xavier", "kaiming_relu" or "zero" (weights too: its outputs, and the gradients behind it, are then 0).
 
-    Raises ValueError for an unknown scheme and for anything that is not an nn.Linear.
+    Raises ValueError, before anything is drawn, for an unknown scheme, for anything that is not an nn.Linear, for one
+    whose weight or bias is computed from other parameters (weight_norm, pruning), and for a LazyLinear without shape.
 
     >>> init_linear_(nn.Linear(3, 2), "xavier").bias.data
     tensor([0., 0.])
@@ -107,6 +112,14 @@ def init_linear_(layer: nn.Linear, scheme: str = "xavier") -> nn.Linear:
         raise ValueError(
             f"scheme must be one of {', '.join(_SCHEMES)}, got {scheme!r}; pass one of these, for example 'xavier'"
         )
+    own = dict(layer.named_parameters(recurse=False))
+    for name in ("weight", "bias"):
+        if name not in own and (name == "weight" or layer.bias is not None):
+            raise ValueError(
+                f"layer.{name} must be a parameter, got one computed from others (parametrized or pruned), where what "
+                "is written is lost; initialise the layer first, and parametrize it after"
+            )
+    _check_tensor(layer.weight, "layer.weight")
     with torch.no_grad():
         if scheme == "xavier":
             xavier_uniform_(layer.weight)
@@ -137,8 +150,10 @@ def bias_default_(bias: torch.Tensor, fan_in: int, generator: torch.Generator | 
 
     Raises ValueError for a negative fan_in and for a dtype that is not floating.
     """
-    if fan_in < 0:
-        raise ValueError(f"fan_in must be ≥ 0, got {fan_in}; pass fan_in_fan_out(weight)[0] of the bias's weight")
+    if not (isinstance(fan_in, numbers.Real) and fan_in >= 0):
+        raise ValueError(
+            f"fan_in must be a number ≥ 0, got {fan_in!r}; pass fan_in_fan_out(weight)[0] of the bias's weight"
+        )
     return _uniform_(bias, 1.0 / math.sqrt(fan_in) if fan_in else 0.0, generator)
 
 
@@ -163,17 +178,21 @@ def default_init_(module: nn.Module, generator: torch.Generator | None = None) -
     Linear, Conv: weight and bias U(±1/√fan_in). Embedding: N(0, 1), zeros in the row of padding_idx. Norms: weight 1,
     bias 0. With the same generator state it draws what the constructors drew, in their order.
 
-    Raises ValueError, before anything is drawn, for a parameter that belongs to none of these.
+    Raises ValueError, before anything is drawn, for a parameter that belongs to none of these (one of a weight_norm
+    too), and for a lazy one without shape.
     """
     convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     owners = list(module.modules())
     for owner in owners:
         own = [name for name, _ in owner.named_parameters(recurse=False)]
-        if own and not isinstance(owner, (nn.Linear, nn.Embedding, *convs)) and not _is_norm(owner):
+        known = isinstance(owner, (nn.Linear, nn.Embedding, *convs)) and set(own) <= {"weight", "bias"}
+        if own and not known and not _is_norm(owner):
             raise ValueError(
                 f"default_init_ does not know how to draw {', '.join(own)} of {type(owner).__name__}: it knows Linear, "
                 "Conv, Embedding and norms; initialise that module yourself"
             )
+        for name, parameter in owner.named_parameters(recurse=False):
+            _check_tensor(parameter, f"{name} of {type(owner).__name__}")
     with torch.no_grad():
         for owner in owners:
             if isinstance(owner, (nn.Linear, *convs)):
@@ -206,14 +225,24 @@ def _uniform_(x: torch.Tensor, bound: float, generator: torch.Generator | None =
 
 
 def _gain(nonlinearity: str) -> float:
-    if nonlinearity not in _GAINS:
+    if not isinstance(nonlinearity, str) or nonlinearity not in _GAINS:
         raise ValueError(
             f"nonlinearity must be one of {', '.join(_GAINS)}, got {nonlinearity!r}; pass the nearest of these"
         )
     return _GAINS[nonlinearity]
 
 
+def _check_tensor(x: Any, name: str = "weight") -> None:
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}; pass the weight itself")
+    if is_lazy(x):
+        raise ValueError(
+            f"{name} must have a shape, got an uninitialized parameter of a lazy layer; run a forward pass first"
+        )
+
+
 def _check_floating(x: torch.Tensor) -> None:
+    _check_tensor(x)
     if not x.is_floating_point():
         raise ValueError(
             f"an initial weight must have a real floating dtype, got {x.dtype}; make it torch.float32 first"

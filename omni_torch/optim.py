@@ -8,6 +8,7 @@ into zero, and the update of a zero gradient into 0/0.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,9 @@ def adamw_step_(
 
     Raises ValueError, before anything is changed, for a parameter that is not floating point; for shapes, dtypes or
     devices that differ between p, grad, m and v; for NaN or Inf in `grad`; for betas outside [0, 1); for an lr, eps
-    or weight_decay that is negative or not finite.
+    or weight_decay that is not one number, negative or not finite; for a p, m or v that cannot be written to element
+    by element (expanded, or an inference tensor outside torch.inference_mode); for a p, m or v whose stretch of memory
+    overlaps that of another of the four tensors.
     Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
 
     >>> p = torch.tensor([1.0, -2.0])
@@ -91,10 +94,11 @@ def adamw_step_(
     >>> p, state.t  # the first step is the gradient's sign
     (tensor([ 0.9000, -2.1000]), 1)
     """
-    _check_hyperparameters(lr, betas, eps, weight_decay)
+    hyper = _check_hyperparameters(lr, betas, eps, weight_decay)
     _check_update("p", "grad", "state", p, grad, state)
+    _check_apart([("p", "grad", "state", p, grad, state)])
     _check_finite({"grad": grad})
-    return _update_(p, grad, state, lr, betas, eps, weight_decay)
+    return _update_(p, grad, state, *hyper)
 
 
 def adamw_step_many_(
@@ -109,10 +113,10 @@ def adamw_step_many_(
     """`adamw_step_` for every parameter in turn; returns the list of advanced states.
 
     Lists of any length, tensors of any shapes. All or nothing: the lists' lengths and every single tensor are checked
-    before the first one is changed.
+    before the first one is changed. Slices of one flat buffer are parameters like others, as long as they lie apart.
 
-    Raises ValueError as `adamw_step_` does, for lists of unequal length, and for a parameter that stands in the list
-    twice (a tied weight takes one update with the sum of its gradients).
+    Raises ValueError as `adamw_step_` does, for lists of unequal length, and for a parameter or a state that stands in
+    its list twice or shares memory with another (a tied weight takes one update with the sum of its gradients).
     """
     params, grads, states = list(params), list(grads), list(states)
     if not len(params) == len(grads) == len(states):
@@ -120,20 +124,16 @@ def adamw_step_many_(
             f"params, grads and states must have one entry per parameter, got {len(params)}, {len(grads)} and "
             f"{len(states)} entries; pass three lists of the same length and order"
         )
-    _check_hyperparameters(lr, betas, eps, weight_decay)
-    first_seen: dict[int, int] = {}
-    for i, (p, grad, state) in enumerate(zip(params, grads, states, strict=True)):
-        _check_update(f"params[{i}]", f"grads[{i}]", f"states[{i}]", p, grad, state)
-        if first_seen.setdefault(id(p), i) != i:
-            raise ValueError(
-                f"params[{i}] is the same tensor as params[{first_seen[id(p)]}]: pass a tied weight once, with the "
-                "sum of its gradients"
-            )
-    _check_finite({f"grads[{i}]": grad for i, grad in enumerate(grads)})
-    return [
-        _update_(p, grad, state, lr, betas, eps, weight_decay)
-        for p, grad, state in zip(params, grads, states, strict=True)
+    hyper = _check_hyperparameters(lr, betas, eps, weight_decay)
+    updates = [
+        (f"params[{i}]", f"grads[{i}]", f"states[{i}]", p, grad, state)
+        for i, (p, grad, state) in enumerate(zip(params, grads, states, strict=True))
     ]
+    for update in updates:
+        _check_update(*update)
+    _check_apart(updates)
+    _check_finite({f"grads[{i}]": grad for i, grad in enumerate(grads)})
+    return [_update_(p, grad, state, *hyper) for p, grad, state in zip(params, grads, states, strict=True)]
 
 
 def global_norm(grads: Iterable[torch.Tensor]) -> Float[torch.Tensor, ""]:
@@ -164,12 +164,12 @@ def clip_grad_norm_(grads: Iterable[torch.Tensor], max_norm: float) -> Float[tor
     Tensors of any shapes; the norm is a scalar. torch's form (torch.nn.utils.clip_grad_norm_): the 1e-6 stands beside
     the norm. A NaN or Inf gradient makes NaN of what it touches and shows in the returned norm.
 
-    Raises ValueError for a max_norm that is not above 0 and for a tensor that is not floating point.
+    Raises ValueError for a max_norm that is not a number above 0 and for a tensor that is not floating point.
     Source: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks, arXiv 1211.5063,
     algorithm 1.
     """
     grads = list(grads)
-    _check_max_norm(max_norm)
+    max_norm = _check_max_norm(max_norm)
     norm = global_norm(grads)
     scale = torch.clamp(max_norm / (norm + _CLIP_EPS), max=1.0)  # clamp hands NaN on
     with torch.no_grad():
@@ -251,18 +251,24 @@ class AdamW(torch.optim.Optimizer):
         """Go on from `state_dict()` of this optimizer or of torch.optim.AdamW over the same parameters.
 
         Raises ValueError, before anything is changed, for amsgrad or maximize, for a parameter's state that is not
-        {step, exp_avg, exp_avg_sq}, and (torch's own check) for groups of other sizes.
+        {step, exp_avg, exp_avg_sq} with moments of the parameter's shape, and (torch's own check) for groups of other
+        sizes.
         """
         for group in state_dict["param_groups"]:
             for switch in ("amsgrad", "maximize"):
                 if group.get(switch):
                     raise ValueError(f"{switch} must be off, got {group[switch]!r}; this AdamW is the plain algorithm")
+        mine = [item for i, g in enumerate(self.param_groups) for item in zip(_names(i, g), g["params"], strict=True)]
+        theirs = [i for group in state_dict["param_groups"] for i in group["params"]]
+        owners = dict(zip(theirs, mine, strict=False))  # of other lengths: refused by torch below
         for i, state in state_dict["state"].items():
             if state and state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
                 raise ValueError(
                     f"state[{i}] must hold step, exp_avg and exp_avg_sq, got {', '.join(state)}; pass the "
                     "state_dict of an AdamW"
                 )
+            if state and i in owners and len(theirs) == len(mine):
+                _check_saved(i, state, *owners[i])
         super().load_state_dict(state_dict)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -277,10 +283,9 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates, grads = [], {}
+        updates, hypers = [], []
         for i, group in enumerate(self.param_groups):
-            hyper = _hyperparameters(group)
-            _check_hyperparameters(*hyper)
+            hyper = _check_hyperparameters(*_hyperparameters(group))
             for name, p in zip(_names(i, group), group["params"], strict=True):
                 if p.grad is None:
                     continue
@@ -290,12 +295,13 @@ class AdamW(torch.optim.Optimizer):
                     if saved
                     else init_adamw_state(p)
                 )
-                _check_update(name, f"{name}.grad", f"state of {name}", p, p.grad, state)
-                grads[f"{name}.grad"] = p.grad
-                updates.append((p, state, hyper))
-        _check_finite(grads)
-        for p, state, hyper in updates:
-            _update_(p, p.grad, state, *hyper)
+                updates.append((name, f"{name}.grad", f"state of {name}", p, p.grad, state))
+                hypers.append(hyper)
+                _check_update(*updates[-1])
+        _check_apart(updates)
+        _check_finite({grad_name: grad for _, grad_name, _, _, grad, _ in updates})
+        for (_, _, _, p, grad, state), hyper in zip(updates, hypers, strict=True):
+            _update_(p, grad, state, *hyper)
             saved = self.state[p]
             # torch counts in a 0-d float32 tensor on the CPU.
             saved.setdefault("step", torch.tensor(0.0, dtype=torch.float32)).fill_(float(state.t))
@@ -350,7 +356,7 @@ def _update_(
         _average_(v, g * g, beta2).clamp_(max=torch.finfo(p.dtype).max)  # an infinite v would never come back
         denominator = v.div(_bias_correction(beta2, t)).sqrt_().add_(eps)
         update = m.div(_bias_correction(beta1, t)).div_(denominator).add_(x, alpha=weight_decay)
-        x.sub_(update, alpha=float(lr))  # checkpoints hold lr as a 0-d tensor at times
+        x.sub_(update, alpha=lr)
         p.copy_(x)
         state.m.copy_(m)
         state.v.copy_(v)
@@ -384,6 +390,10 @@ def _check_floating(name: str, x: torch.Tensor) -> None:
         )
     if x.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}; call .to_dense() first")
+    if x.dtype.itemsize < 2:
+        raise ValueError(
+            f"{name} must have 16 bits or more per number, got {x.dtype}; cast it with .to(torch.bfloat16)"
+        )
 
 
 def _check_update(
@@ -391,6 +401,11 @@ def _check_update(
 ) -> None:
     """What could go wrong with one parameter's tensors (but for their values), before any of them is changed."""
     _check_floating(p_name, p)
+    if not isinstance(state, AdamWState):
+        raise ValueError(
+            f"{state_name} must be an AdamWState (m, v, t), got {type(state).__name__}; start from "
+            f"init_adamw_state({p_name})"
+        )
     for name, x in ((grad_name, grad), (f"{state_name}.m", state.m), (f"{state_name}.v", state.v)):
         _check_floating(name, x)
         for what in ("shape", "dtype", "device"):
@@ -404,6 +419,87 @@ def _check_update(
         raise ValueError(
             f"{state_name}.t must be an int ≥ 0 (the number of updates made), got {state.t!r}; start from "
             f"init_adamw_state({p_name}), where it is 0"
+        )
+    for name, x in ((p_name, p), (f"{state_name}.m", state.m), (f"{state_name}.v", state.v)):
+        _check_writable(name, x)
+
+
+def _check_writable(name: str, x: torch.Tensor) -> None:
+    """Refuse what torch would refuse in the midst of an update, or would write twice to."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} must be a tensor that may be changed, got an inference tensor outside torch.inference_mode(); "
+            "pass a clone of it made outside that mode"
+        )
+    if x.is_contiguous():
+        return
+    reach = 0  # how far the dimensions of smaller strides go; the next stride has to step over it
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"{name} must have memory of its own for every element, got shape {_say(x.shape)} over strides "
+                f"{x.stride()}; pass {name}.contiguous()"
+            )
+        reach += (size - 1) * stride
+
+
+def _check_apart(updates: list[tuple[str, str, str, torch.Tensor, torch.Tensor, AdamWState]]) -> None:
+    """Refuse memory that is written to for two purposes, or written to and read; gradients may share theirs.
+
+    What is compared is the stretch from the first to the last byte of each tensor, on the host, after one sort.
+    """
+    owners: dict[int, str] = {}
+    stretches: list[tuple[str, int, int, bool, str]] = []
+    for p_name, grad_name, state_name, p, grad, state in updates:
+        for what, name, x in (("tensor", p_name, p), ("state", state_name, state)):
+            if owners.setdefault(id(x), name) is not name:
+                _raise_shared(name, owners[id(x)], f"is the same {what} as")
+        device = str(p.device)
+        for written, name, part, x in (
+            (True, p_name, "", p),
+            (True, state_name, ".m", state.m),
+            (True, state_name, ".v", state.v),
+            (False, grad_name, "", grad),
+        ):
+            if n := x.numel():
+                if not x.is_contiguous():
+                    n = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+                start = x.data_ptr()
+                stretches.append((device, start, start + n * x.element_size(), written, name + part))
+    stretches.sort()
+    last, last_written = ("", 0, 0, False, ""), ("", 0, 0, False, "")  # those that have reached furthest so far
+    for stretch in stretches:
+        device, start, end, written, name = stretch
+        before = last if written else last_written
+        if before[0] == device and start < before[2]:
+            _raise_shared(name, before[4], "shares memory with")
+        if last[0] != device or end > last[2]:
+            last = stretch
+        if written and (last_written[0] != device or end > last_written[2]):
+            last_written = stretch
+
+
+def _raise_shared(name: str, other: str, how: str) -> None:
+    raise ValueError(
+        f"{name} {how} {other}, but what an update writes must have memory of its own; pass a tied weight once, with "
+        "the sum of its gradients, a state from init_adamw_state for each parameter, and clones of other shared tensors"
+    )
+
+
+def _check_saved(i: int, state: dict[str, Any], name: str, p: torch.Tensor) -> None:
+    """One parameter's entry of a state_dict, whose keys are right."""
+    for key in ("exp_avg", "exp_avg_sq"):
+        _check_floating(f"state[{i}]['{key}']", state[key])
+        if state[key].shape != p.shape:
+            raise ValueError(
+                f"state[{i}]['{key}'] must have the shape of {name}, {_say(p.shape)}, got {_say(state[key].shape)}; "
+                "pass the state_dict of an optimizer over the same parameters in the same order"
+            )
+    step = _number(state["step"])
+    if step is None or not (step >= 0 and step.is_integer()):
+        raise ValueError(
+            f"state[{i}]['step'] must be an integer ≥ 0 (the number of updates made), got {state['step']!r}; pass the "
+            "state_dict of an AdamW"
         )
 
 
@@ -436,20 +532,47 @@ def _say(value: object) -> str:
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
 
 
-def _check_hyperparameters(lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> None:
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+def _number(value: Any) -> float | None:
+    """A real number, or a 0-d tensor of one (checkpoints and torch's own optimizers hold such), as a float."""
+    if isinstance(value, torch.Tensor):
+        if value.ndim or value.is_complex() or value.dtype is torch.bool:
+            return None
+        return float(value.detach())
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _check_hyperparameters(
+    lr: float, betas: Sequence[float], eps: float, weight_decay: float
+) -> tuple[float, tuple[float, float], float, float]:
+    """The same as Python floats: no tensor among them makes the update wait for its device."""
+    pair = [_number(beta) for beta in betas] if isinstance(betas, Sequence) else []
+    if len(pair) != 2 or not all(beta is not None and 0.0 <= beta < 1.0 for beta in pair):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}; pass for example betas=(0.9, 0.999)")
-    named = [("lr", lr, "1e-3"), ("eps", eps, "1e-8"), ("weight_decay", weight_decay, "0.01")]
-    for name, value, example in named:
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"{name} must be finite and ≥ 0, got {value!r}; pass for example {name}={example}")
+    values = []
+    for name, value, example in (("lr", lr, "1e-3"), ("eps", eps, "1e-8"), ("weight_decay", weight_decay, "0.01")):
+        shape = getattr(value, "shape", ())
+        if len(shape):
+            raise ValueError(f"{name} must be a scalar, got shape {_say(shape)}; pass one number for all of params")
+        number = _number(value)
+        if number is None or not (math.isfinite(number) and number >= 0.0):
+            what = "a number, finite and ≥ 0" if number is None else "finite and ≥ 0"
+            raise ValueError(f"{name} must be {what}, got {value!r}; pass for example {name}={example}")
+        values.append(number)
+    return values[0], (pair[0], pair[1]), values[1], values[2]  # pyright: ignore[reportReturnType]  (None is out)
 
 
-def _check_max_norm(max_norm: float) -> None:
-    if not max_norm > 0.0:  # NaN fails too
+def _check_max_norm(max_norm: float) -> float:
+    number = _number(max_norm)
+    if number is None or not number > 0.0:  # NaN fails too
         raise ValueError(
             f"max_norm must be > 0 (inf only measures the norm), got {max_norm!r}; pass for example max_norm=1.0"
         )
+    return number
 
 
 def _check_schedule(warmup_steps: int, max_steps: int, min_ratio: float) -> None:

@@ -6,24 +6,30 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int
 
 from .files import open_regular_file, write_atomic
+from .pt_archive import CheckpointError
 
 __all__ = ["RunFolder"]
+
+_Read = TypeVar("_Read")
+# They say when something is looked at or written, never what the weights become.
+_MAY_CHANGE = ("val_freq", "checkpoint_freq", "print_freq")
+_WHY = {"max_steps": " (the schedule of the learning rate depends on it, from the first update on)"}
 
 
 class RunFolder:
     """Names and rules of a run's files.
 
-    config.json: the model's and the training's keys, flat; run.json: a fingerprint of the data; tokenizer.model;
-    last.pt and best.pt: full checkpoints; metrics.jsonl: one JSON object a line. Every file is replaced whole, but
-    metrics.jsonl, which grows by whole lines.
+    config.json: the model's and the training's keys, flat, as the run was started; run.json: a fingerprint of the data;
+    tokenizer.model; last.pt and best.pt: full checkpoints; metrics.jsonl: one JSON object a line. Every file is
+    replaced whole, but metrics.jsonl, which grows by whole lines.
 
     Raises:
         ValueError: `path` exists and is no folder.
@@ -46,8 +52,9 @@ class RunFolder:
         Raises:
             ValueError: it holds one of the run's files.
         """
-        found = [file.name for file in (self.config, self.data, self.last, self.best, self.metrics) if file.exists()]
+        found = self._found()
         if found:
+            self._check_whole(found)
             raise ValueError(
                 f"out = {str(self.path)!r} already holds a run ({', '.join(found)}): nothing is overwritten; go on "
                 "with it by --resume (resume=True), or give another folder"
@@ -59,15 +66,17 @@ class RunFolder:
         Raises:
             ValueError: config.json, run.json or last.pt is missing.
         """
-        missing = [file.name for file in (self.config, self.data, self.last) if not file.exists()]
-        if missing:
+        found = self._found()
+        if not found:
             raise ValueError(
-                f"out = {str(self.path)!r} holds no run to resume ({', '.join(missing)} missing); start one without "
-                "--resume (resume=False) in an empty folder"
+                f"out = {str(self.path)!r} holds no run to resume; start one without --resume (resume=False)"
             )
+        self._check_whole(found)
 
     def check_same(self, config: Mapping[str, Any], fingerprint: str) -> None:
         """Refuse to go on unless the run in the folder was started with this configuration and data.
+
+        val_freq, checkpoint_freq and print_freq may differ: no weight depends on them.
 
         Raises:
             ValueError: as `check_run`; its configuration or data differ, and the message names what.
@@ -76,9 +85,9 @@ class RunFolder:
         started = _read_object(self.config)
         wanted = json.loads(json.dumps(dict(config)))
         differ = [
-            f"{key} was {json.dumps(started.get(key))} and is {json.dumps(wanted.get(key))}"
+            f"{key} was {json.dumps(started.get(key))} and is {json.dumps(wanted.get(key))}{_WHY.get(key, '')}"
             for key in dict.fromkeys([*started, *wanted])
-            if started.get(key) != wanted.get(key)
+            if started.get(key) != wanted.get(key) and key not in _MAY_CHANGE
         ]
         if _read_object(self.data).get("ids_sha256") != fingerprint:
             differ.append("the text is another one (its token ids have another SHA-256)")
@@ -87,6 +96,37 @@ class RunFolder:
                 f"the run in {str(self.path)!r} cannot be resumed with other settings: {'; '.join(differ)}; give what "
                 "it was started with, or start anew in another folder"
             )
+
+    def load_last(self, load: Callable[[Path], _Read]) -> _Read:
+        """load(last.pt); where it is refused as damaged, the message says what may help.
+
+        Raises:
+            CheckpointError: as `load`.
+        """
+        try:
+            return load(self.last)
+        except CheckpointError as bad:
+            raise CheckpointError(f"{bad}; to go on with the run in this folder, {self._way_out()}") from bad
+
+    def _found(self) -> list[str]:
+        """The run's files that are there."""
+        files = (self.config, self.data, self.last, self.best, self.metrics)
+        return [file.name for file in files if file.exists()]
+
+    def _check_whole(self, found: list[str]) -> None:
+        """Refuse a part of a run, which can be neither resumed nor started over."""
+        missing = [file.name for file in (self.config, self.data, self.last) if file.name not in found]
+        if missing:
+            way_out = self._way_out() if missing == [self.last.name] else "give another folder, or remove this one"
+            raise ValueError(
+                f"out = {str(self.path)!r} holds a part of a run ({', '.join(found)}), but {' and '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing: it can be neither resumed nor started over; {way_out}"
+            )
+
+    def _way_out(self) -> str:
+        """What to do without last.pt."""
+        copy = "copy best.pt to last.pt (the steps after it are made again); or " if self.best.exists() else ""
+        return f"{copy}give another folder, or remove this one"
 
     def start(self, config: Mapping[str, Any], fingerprint: str) -> None:
         """Write config.json and run.json of a new run, and make the folder if there is none."""

@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from .training_format import BETAS, EPS, optimizer_dict, saved_moments, schedule
 from .training_text import counted, document_rows, read_documents, split_documents
 from .training_utils import NumericalError, validate_loss
 
-__all__ = ["train_step_mse", "TrainConfig", "TrainState", "Trainer", "train"]
+__all__ = ["train_step_mse", "accumulated_gradients", "TrainConfig", "TrainState", "Trainer", "train"]
 
 _DROPOUT = 1  # keeps dropout's random numbers apart from what else the seed draws
 
@@ -62,15 +62,28 @@ def train_step_mse(
         batch: (x, y); y has exactly the shape of model(x), whatever that is. Nothing is broadcast.
 
     Raises:
-        ValueError: y has another shape than the prediction, or is empty; nothing has been updated then.
+        ValueError: y has another shape than the prediction, or is empty.
+        NumericalError: the loss or a gradient is NaN or Inf.
+
+    No parameter and no state of the optimizer has changed then; the forward pass has (BatchNorm's running statistics).
     """
     x, y = batch
     model.train()
     optimizer.zero_grad()  # .grad adds up over backward passes; JAX returns fresh gradients
-    loss = _mean_squared_error(model(x), y)
-    loss.backward()
+    with torch.enable_grad():
+        loss = _mean_squared_error(model(x), y)
+        loss.backward()
+    finite = [torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None]
+    if not bool(torch.stack([torch.isfinite(loss), *(flag.to(loss.device) for flag in finite)]).all()):
+        raise NumericalError(_NOT_FINITE.format(loss=loss.item()))
     optimizer.step()
     return loss.item()
+
+
+_NOT_FINITE = (
+    "the loss is {loss} or a gradient holds NaN or Inf, all must be finite; no parameter was updated. Look at the "
+    "batch (debug_training prints its ranges), or lower the learning rate"
+)
 
 
 def _mean_squared_error(pred: Float[Tensor, "*N"], y: Tensor) -> Float[Tensor, ""]:
@@ -82,6 +95,62 @@ def _mean_squared_error(pred: Float[Tensor, "*N"], y: Tensor) -> Float[Tensor, "
         )
     wide = statistics_dtype(pred.dtype)
     return (pred.to(wide) - y.to(wide)).square().mean()
+
+
+def accumulated_gradients(
+    nats_of: Callable[[Any, Any], tuple[Float[Tensor, ""], Int[Tensor, ""]]],
+    params: Mapping[str, Tensor],
+    batches: Iterable[Any],
+) -> tuple[Float[Tensor, ""], dict[str, Tensor], Int[Tensor, ""]]:
+    """Loss and gradients of one big batch from its micro-batches: (loss, gradients like `params`, counted tokens).
+
+        loss = Σ nats / max(Σ tokens, 1)
+        gradients = Σ ∇nats / max(Σ tokens, 1)
+
+    Sums over micro-batches, divided once. The mean of their mean losses is something else wherever they count unequal
+    numbers of tokens. A micro-batch that counts none adds nothing; if none counts any, loss and gradients are zero.
+    One micro-batch's graph is held at a time. Nats are summed in promote_types(dtype, float32), gradients in their
+    parameters' dtype.
+
+    >>> w = torch.tensor(1.0, requires_grad=True)
+    >>> rows = torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
+    >>> def nats_of(params, row):  # zeros are padding: 3 tokens count, then 1
+    ...     return (params["w"] * row).sum(), (row != 0).sum()
+    >>> loss, gradients, tokens = accumulated_gradients(nats_of, {"w": w}, rows)
+    >>> loss.item(), gradients["w"].item(), tokens.item()  # the mean of the means would be 4.0
+    (3.0, 3.0, 4)
+
+    Args:
+        nats_of: (params, micro-batch) -> (Σ nats over its counted tokens, their number), both scalars; it is 0, not
+            0 / 0, where no token counts.
+        params: parameters by name; they require gradients. One that nats_of does not use gets zeros.
+        batches: micro-batches of any kind and of any lengths, each handed to nats_of as it is.
+
+    Raises:
+        ValueError: no micro-batch.
+        RuntimeError: (torch's) nats do not depend on any parameter.
+
+    What the mean of the means did to training: https://github.com/huggingface/transformers/issues/34191.
+    """
+    tensors = list(params.values())
+    # Fresh gradients, not .grad: a parameter without any has zeros, as in JAX.
+    gradients = {name: torch.zeros_like(p) for name, p in params.items()}
+    nats = tokens = None
+    for batch in batches:
+        with torch.enable_grad():
+            micro_nats, count = nats_of(params, batch)
+        micro = torch.autograd.grad(micro_nats, tensors, allow_unused=True, materialize_grads=True)
+        for total, gradient in zip(gradients.values(), micro, strict=True):
+            total += gradient
+        micro_nats = micro_nats.detach().to(statistics_dtype(micro_nats.dtype))
+        nats = micro_nats if nats is None else nats + micro_nats
+        tokens = count if tokens is None else tokens + count
+    if nats is None or tokens is None:
+        raise ValueError("batches holds no micro-batch, must hold at least 1; an update needs something to learn from")
+    divisor = tokens.clamp(min=1)
+    for total in gradients.values():
+        total /= divisor.to(total.dtype)
+    return nats / divisor.to(nats.dtype), gradients, tokens
 
 
 @dataclass
@@ -190,6 +259,7 @@ class Trainer:
             try:
                 while state.step < until and not interrupt.requested:
                     metrics = self._update()
+                    progress.advance(state.step)
                     tokens += metrics["tokens"]
                     ended = state.step == train.max_steps
                     validated = len(self._rows_NBT) > 0 and (state.step % train.val_freq == 0 or ended)
@@ -222,7 +292,8 @@ class Trainer:
         self._model.eval()
         with torch.no_grad():
             for tokens_BT in self._rows_NBT:
-                nats.append(self._nats(torch.from_numpy(tokens_BT).to(self._device), amp=False).item())
+                tokens_BT = torch.from_numpy(tokens_BT).to(self._device)
+                nats.append(_nats(self._model, self.state.params, tokens_BT, amp=False)[0].item())
         # Summed in float64: float32 would lose digits over many batches.
         return _shortest(math.fsum(nats) / counts)
 
@@ -230,22 +301,16 @@ class Trainer:
         """One step; loss, lr, grad_norm and tokens of it."""
         state, train = self.state, self.train_config
         tokens_ABT = self._batch()
-        params: list[Tensor] = list(state.params.values())
         self._model.train()
-        nats = torch.zeros((), device=self._device)
-        grads = [torch.zeros_like(p) for p in params]
-        for micro, tokens_BT in enumerate(tokens_ABT):
+
+        def nats_of(params: Any, batch: tuple[int, Int[np.ndarray, "B T"]]) -> tuple[Tensor, Tensor]:
+            micro, tokens_BT = batch
             with _random_state(self._device, train.seed, _DROPOUT, state.step, micro):
-                micro_nats = self._nats(torch.from_numpy(tokens_BT).to(self._device), amp=train.use_amp)
-            # Fresh gradients, not .grad: an expert that no token chose has zeros, as in JAX.
-            micro_grads = torch.autograd.grad(micro_nats, params, allow_unused=True, materialize_grads=True)
-            for total, grad in zip(grads, micro_grads, strict=True):
-                total += grad
-            nats += micro_nats.detach()
-        tokens = counted(tokens_ABT)
-        for grad in grads:
-            grad /= max(tokens, 1)
-        loss = nats.item() / max(tokens, 1)
+                return _nats(self._model, params, torch.from_numpy(tokens_BT).to(self._device), amp=train.use_amp)
+
+        mean, gradients, _ = accumulated_gradients(nats_of, state.params, enumerate(tokens_ABT))
+        params: list[Tensor] = list(state.params.values())
+        grads, loss, tokens = list(gradients.values()), mean.item(), counted(tokens_ABT)
         grad_norm = clip_grad_norm_(grads, train.max_grad_norm).item()
         _must_be_finite(state.step, loss, grad_norm)
         lr = train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps)
@@ -263,16 +328,6 @@ class Trainer:
                 for micro in range(train.gradient_accumulation_steps)
             ]
         )
-
-    def _nats(self, tokens_BT: Int[Tensor, "B T"], amp: bool) -> Float[Tensor, ""]:
-        """Σ nats over the predicted tokens."""
-        inputs, targets = tokens_BT[:, :-1].long(), tokens_BT[:, 1:].long()
-        if amp:  # autograd casts the gradients back to the parameters' float32
-            low = {key: p.to(torch.bfloat16) for key, p in self.state.params.items()}
-            logits = torch.func.functional_call(self._model, low, (inputs,))
-        else:
-            logits = self._model(inputs)
-        return cross_entropy(logits, targets) * (targets != PAD_ID).sum().clamp(min=1)
 
     def _validated(self) -> float:
         """The validation loss, and best.pt if it is the lowest."""
@@ -299,7 +354,7 @@ class Trainer:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        checkpoint = load_checkpoint(self.folder.last)
+        checkpoint = self.folder.load_last(load_checkpoint)
         step, moments = saved_moments(checkpoint, list(self.state.params))
         load_weights(self._model, checkpoint)
         for key, entry in zip(self.state.params, self.state.optimizer):
@@ -309,6 +364,18 @@ class Trainer:
         best = checkpoint.best_val_loss
         self.state.step, self.state.best_val_loss = step, math.inf if best is None else best
         self.folder.drop_metrics_after(step)
+
+
+def _nats(
+    model: nn.Module, params: Mapping[str, Tensor], tokens_BT: Int[Tensor, "B T"], amp: bool
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """(Σ nats over the predicted tokens, their number)."""
+    if amp:  # autograd casts the gradients back to the parameters' float32
+        params = {key: p.to(torch.bfloat16) for key, p in params.items()}
+    targets_BT = tokens_BT[:, 1:].long()
+    mean = cross_entropy(torch.func.functional_call(model, dict(params), (tokens_BT[:, :-1].long(),)), targets_BT)
+    count = (targets_BT != PAD_ID).sum()
+    return mean * count.clamp(min=1), count
 
 
 def train(

@@ -170,10 +170,12 @@ def get_lr_scheduler(optimizer: Optimizer, warmup_steps: int, max_steps: int, mi
     the optimizer is loaded after the scheduler was made).
 
     Raises:
-        ValueError: as `warmup_cosine` (warmup_steps < 0, max_steps ≤ warmup_steps, min_lr_ratio outside [0, 1]).
+        ValueError: warmup_steps or max_steps that is no integer; as `warmup_cosine` (warmup_steps < 0,
+            max_steps ≤ warmup_steps, min_lr_ratio outside [0, 1]).
     Source: Loshchilov & Hutter, SGDR, arXiv 1608.03983, equation 5 (one period, no restart), with a linear start.
     """
     _check_min_lr_ratio(min_lr_ratio)
+    warmup_steps, max_steps = _check_count("warmup_steps", warmup_steps), _check_count("max_steps", max_steps)
     warmup_cosine(0, warmup_steps, max_steps, min_lr_ratio)  # raises now, not inside torch's constructor
     # A plain function: LambdaLR keeps it out of its state_dict, where the family's checkpoints have None.
     return _WarmupCosineLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, max_steps, min_lr_ratio))
@@ -195,17 +197,20 @@ def set_seed(seed: int) -> None:
 class DebugRecord:
     """What `debug_training` saw of one batch; a field is None where it stopped before.
 
-    batch: number of the batch, from 0. input_*, output_*: shape, dtype and (smallest, largest) value of what went into
-    the model and came out. loss; grad_norm: global norm of the gradients, unclipped; param_norm: that of the
-    parameters before the update; update_norm: that of the change. problem: why it stopped here, in a sentence;
-    where: the first bad tensor: "x", "y" or the batch's key, "parameters: NAME", "output: MODULE", "output", "loss",
-    "gradients: NAME" or "updates: NAME".
+    batch: number of the batch, from 0. input_*, target_*, output_*: shape, dtype and (smallest, largest) value of what
+    went into the model, of what the loss compares with, and of what came out. loss; grad_norm: global norm of the
+    gradients, unclipped; param_norm: that of the parameters before the update; update_norm: that of the change.
+    problem: why it stopped here, in a sentence; where: the first bad tensor: "x", "y" or the batch's key,
+    "parameters: NAME", "output: MODULE", "output", "loss", "gradients: NAME", "updates: NAME" or "updates".
     """
 
     batch: int
     input_shape: tuple[int, ...]
     input_dtype: str
     input_range: tuple[float, float]
+    target_shape: tuple[int, ...]
+    target_dtype: str
+    target_range: tuple[float, float]
     output_shape: tuple[int, ...] | None = None
     output_dtype: str | None = None
     output_range: tuple[float, float] | None = None
@@ -226,10 +231,12 @@ def debug_training(
 ) -> list[DebugRecord]:
     """Train on the first `max_batches` batches under a magnifier; prints what it sees and returns it, one per batch.
 
-    Per batch: shape, dtype and range of input and output, the loss, the gradients' norm, the size of the update. Stops
-    at the first bad batch, before that batch's update, and says which tensor was the first bad one:
-    NaN or Inf in the input; a loss that is NaN, Inf or outside ±1e6; a gradient norm that is NaN, Inf or above 100. An
-    update that turns out NaN or Inf stops it too, but has been made by then.
+    Per batch: shape, dtype and range of input, target and output, the loss, the gradients' norm, the size of the
+    update. Stops at the first bad batch, before that batch's update, and says which tensor was the first bad one: NaN
+    or Inf in input or target; a loss that is NaN, Inf or outside ±1e6; a loss that broadcasts the output against a
+    floating target of another shape; a gradient norm that is NaN, Inf or above 100. An
+    update that turns out NaN or Inf stops it too, but has been made by then; so does one that changes nothing though
+    there is a gradient and the learning rate is not 0.
 
     These are real updates of `model` through `optimizer`, whose state goes on from where it was; the last batch's
     gradients stay in `.grad`. Train or eval mode is not touched.
@@ -271,7 +278,7 @@ def _debug_batch(
 ) -> DebugRecord:
     """One batch, up to its update or to the first thing that is bad."""
     (x_name, x), (y_name, y), extra = _parts(batch, number)
-    seen = DebugRecord(number, tuple(x.shape), _dtype_name(x), _range(x))
+    seen = DebugRecord(number, tuple(x.shape), _dtype_name(x), _range(x), tuple(y.shape), _dtype_name(y), _range(y))
     for name, value in ((x_name, x), (y_name, y)):
         try:
             check_numerical_stability(value, name)
@@ -293,6 +300,12 @@ def _debug_batch(
         finite = math.isfinite(cast(float, seen.loss))
         return replace(seen, problem=str(error), where="loss" if finite else _bad_parameter(model) or watch.found)
 
+    problem = _broadcast_problem(
+        output.detach() if isinstance(output, Tensor) else output, y, cast(float, seen.loss), loss_fn
+    )
+    if problem:
+        return replace(seen, problem=problem, where="loss")
+
     optimizer.zero_grad()
     loss.backward()
     norms = _norms(_gradients(model))
@@ -302,6 +315,7 @@ def _debug_batch(
     except NumericalError as error:
         return replace(seen, problem=str(error), where=f"gradients: {_first_bad(norms)}")
 
+    rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step()
     changes = _norms([(name, p.detach() - before[name]) for name, p in model.named_parameters()])
@@ -309,6 +323,13 @@ def _debug_batch(
     if not math.isfinite(cast(float, seen.update_norm)):
         problem = "the optimizer's update is not finite and has been made; look at its lr, eps and state"
         return replace(seen, problem=problem, where=f"updates: {_first_bad(changes)}")
+    if seen.update_norm == 0.0 and cast(float, seen.grad_norm) > 0.0 and any(rates):
+        problem = (
+            f"the update changed nothing, at a gradient norm of {seen.grad_norm:.6g} and lr={max(rates):g}: the "
+            "optimizer does not hold this model's parameters? Make it from model.parameters() (or lr is too small for "
+            "the parameters' dtype)"
+        )
+        return replace(seen, problem=problem, where="updates")
     return seen
 
 
@@ -369,6 +390,8 @@ def _print_record(seen: DebugRecord) -> None:
     print(f"Batch {seen.batch}:")
     print(f"  Input shape: {seen.input_shape}, dtype: {seen.input_dtype}")
     print(f"  Input range: {_show(seen.input_range)}")
+    print(f"  Target shape: {seen.target_shape}, dtype: {seen.target_dtype}")
+    print(f"  Target range: {_show(seen.target_range)}")
     if seen.output_range is not None:
         print(f"  Output shape: {seen.output_shape}, dtype: {seen.output_dtype}")
         print(f"  Output range: {_show(seen.output_range)}")
@@ -380,6 +403,35 @@ def _print_record(seen: DebugRecord) -> None:
         print(f"  Update size: {seen.update_norm:.6g} (parameters: {seen.param_norm:.6g})")
     if seen.problem is not None:
         print(f"  STOP at {seen.where}: {seen.problem}")
+
+
+def _broadcast_problem(output: Any, y: Tensor, loss: float, loss_fn: Callable[..., Tensor]) -> str | None:
+    """Why a loss over all pairs of `output` and `y` is none over the examples; None if it is not of that kind.
+
+    Class indices have another shape by right, and so they are left alone; so is a loss that puts the shapes right
+    itself. Over all pairs it does not matter, up to rounding, which target stands where, and the loss is another one
+    than that of an output which has the target's shape.
+    """
+    if not isinstance(output, Tensor) or output.shape == y.shape or not y.is_floating_point():
+        return None
+    try:
+        np.broadcast_shapes(tuple(output.shape), tuple(y.shape))
+    except ValueError:
+        return None
+    if output.numel() == y.numel():
+        try:
+            reshaped, permuted = (
+                _real_scalar("loss", loss_fn(*pair)) for pair in ((output.reshape(y.shape), y), (output, y.roll(1)))
+            )
+        except Exception:  # whatever a loss raises for another shape: it wants this one
+            return None
+        rounding = torch.finfo(y.dtype).eps * y.numel()
+        if math.isclose(reshaped, loss, rel_tol=rounding) or not math.isclose(permuted, loss, rel_tol=rounding):
+            return None
+    return (
+        f"the loss broadcasts {tuple(output.shape)} against {tuple(y.shape)}: every output meets every target; give "
+        "both one shape, for example y[:, None] or pred.squeeze(-1)"
+    )
 
 
 def _show(pair: tuple[float, float]) -> str:
@@ -481,6 +533,15 @@ def _check_min_lr_ratio(min_lr_ratio: float) -> None:
         raise ValueError(
             f"min_lr_ratio must be in [0, 1], got {min_lr_ratio!r}; pass the last factor itself, for example 0.1"
         )
+
+
+def _check_count(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass a number of updates"
+        ) from None
 
 
 def _check_seed(seed: Any) -> int:

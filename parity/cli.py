@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -153,16 +154,24 @@ def run(
     if figures is not None:
         from parity.report import trajectory
 
+        drawn = False
         for check in result.checks:
             if check.series:
-                path = os.path.join(figures, f"{check.name}.svg")
-                trajectory.write(check, path)
-                print(f"drawn: {path}", file=sys.stderr)
+                path, drawn = os.path.join(figures, f"{check.name}.svg"), True
+                try:
+                    trajectory.write(check, path)
+                    print(f"drawn: {path}", file=sys.stderr)
+                except (OSError, CannotLook) as error:  # the verdict outranks its picture
+                    print(f"parity: not drawn: {path}: {error}", file=sys.stderr)
+        if not drawn:
+            print("parity: nothing to draw: only the trajectory check has curves", file=sys.stderr)
     return result.exit_code
 
 
 def _make_folder(path: str) -> None:
-    """A `Misuse` now rather than lost pictures after the run."""
+    """A `Misuse` or `CannotLook` now rather than lost pictures after the run."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CannotLook("--figures needs matplotlib, which is not installed: pip install matplotlib")
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:

@@ -364,7 +364,7 @@ def clear_experts(tw: Twins, weights: Mapping[str, np.ndarray], precision: str) 
 
     def clear(batch):
         args = (params, *batch)
-        model = measure_program(tracer.program(args, precision), args, draws=6)
+        model = measure_program(tracer.program(args, precision), args, draws=6, kappa=False)
         rows = np.ones(SHAPE[0], bool)
         for choice in model.choices:
             # Twice the noise, because it is estimated from few draws here.

@@ -76,6 +76,8 @@ def problem(steps: int = 1000, lr: float = 1e-3, seed: int = 0) -> Problem:
     """
     if steps < 1:
         raise Misuse(f"steps: must be at least 1, got {steps}")
+    if not 0.0 < lr < math.inf:
+        raise Misuse(f"lr: must be finite and above 0 (nothing moves else), got {lr}")
     rng = np.random.default_rng([seed, 17])
     shapes = {"matrix": (48, 24), "embedding": (40, 16), "scale": (48,), "bias": (48,), "tiny gradients": (24, 16)}
     first = {"matrix": 0.1, "embedding": 1.0, "bias": 0.0, "tiny gradients": 0.1}

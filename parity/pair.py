@@ -36,7 +36,7 @@ class Pair:
     name: str = "pair"
     torch_call: Callable[..., Any] | None = None
     hasty: bool = False
-    """Compile for the CPU without LLVM's optimiser in every precision; XLA's own passes stay the same."""
+    """Compile for the CPU in haste in every precision (docs/decisions/0003)."""
 
     def jax_program(self) -> Callable[..., dict[str, Any]]:
         """The function whose noise is measured and which is compiled: outputs, and loss and gradients if asked for."""

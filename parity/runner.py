@@ -92,6 +92,10 @@ def _run_check(name: str, scope: Scope, progress: RunProgress) -> CheckResult:
         result = checks.load(name).run(scope, functools.partial(progress, name))
         if not isinstance(result, CheckResult):
             raise TypeError(f"run() of check {name!r} gave {type(result).__name__} instead of a CheckResult")
+        shown = {control.name for control in result.controls}
+        missing = [control for control in checks.load(name).CONTROLS if control not in shown]
+        if scope.controls and missing and result.error is None:
+            result.notes.append(f"controls that could not be shown in so narrow a run: {', '.join(missing)}")
         return result
     except Misuse:
         raise
@@ -136,6 +140,13 @@ def validate(scope: Scope, only: Iterable[str] = (), matmul: str = "default") ->
         raise Misuse(f"precision: none named (known: {', '.join(PRECISIONS)})")
     one_of("device", scope.device, DEVICES)
     one_of("matmul", matmul, MATMULS)
+    if own := _own_models(scope):
+        wanted = set(only)
+        if wanted and not wanted & set(checks.OF_MODELS):
+            raise Misuse(
+                f"{', '.join(own)}: no meaning for {', '.join(sorted(wanted))}, which has a problem of its own; it is "
+                f"for {' and '.join(checks.OF_MODELS)}"
+            )
     if scope.text is not None:
         _validate_text(Path(scope.text))
     if scope.checkpoint is not None and not Path(scope.checkpoint).is_file():
@@ -147,6 +158,12 @@ def validate(scope: Scope, only: Iterable[str] = (), matmul: str = "default") ->
     for config in scope.configs:
         if _is_path(config) and not Path(config).is_file():
             _missing("--config", Path(config))
+
+
+def _own_models(scope: Scope) -> list[str]:
+    """The options that name the user's own models or text."""
+    given = {"--config": scope.configs, "--checkpoint": scope.checkpoint, "--text": scope.text}
+    return [option for option, value in given.items() if value]
 
 
 def _validate_text(path: Path) -> None:
@@ -296,6 +313,9 @@ def _not_looked_at(scope: Scope, names: list[str], devices: list[str]) -> list[s
     if scope.regimes or scope.checkpoint:
         parts.append("other weight regimes")
     notes = [f"not looked at: {'; '.join(parts)}"] if parts else []
+    own, others = _own_models(scope), [name for name in names if name not in checks.OF_MODELS]
+    if own and others:
+        notes.append(f"{', '.join(own)} reached only {' and '.join(checks.OF_MODELS)}; {', '.join(others)}: as ever")
     if scope.device == "tpu" and any(name.startswith("torch on cpu") for name in devices):
         notes.append("torch cannot use a TPU without torch_xla: its side ran on the CPU")
     return notes

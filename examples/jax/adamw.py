@@ -34,13 +34,18 @@ def check(claim: str, true: object) -> None:
     print(f"  ok: {claim}")
 
 
+def rounded(x: jax.Array) -> list[float]:
+    """To six digits behind the point: 0.9 for the float32 that prints as 0.8999999761581421."""
+    return [round(value, 6) for value in x.tolist()]
+
+
 def one_step() -> None:
     print("1. One step by hand")
     p = jnp.array([1.0, -2.0, 3.0])
     grad = jnp.array([0.5, -4.0, 0.0])
     state = init_adamw_state(p)
     new, state = adamw_step(p, grad, state, lr=0.1, weight_decay=0.0)
-    print(f"  p {new.tolist()}, m {state.m.tolist()}, v {state.v.tolist()}, t {int(state.t)}")
+    print(f"  p {rounded(new)}, m {rounded(state.m)}, v {rounded(state.v)}, t {int(state.t)}")
     # m̂ = g and v̂ = g² at the first step, so the update is lr·g/|g|: a gradient of 4 moves no further than one of 0.5.
     check("the first step is lr times the sign of the gradient", jnp.allclose(new, jnp.array([0.9, -1.9, 3.0])))
     # A function of arguments is JAX's habit: p is what it was, and the new parameters are a result.

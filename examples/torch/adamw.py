@@ -32,6 +32,11 @@ def check(claim: str, true: object) -> None:
     print(f"  ok: {claim}")
 
 
+def rounded(x: torch.Tensor) -> list[float]:
+    """To six digits behind the point: 0.9 for the float32 that prints as 0.8999999761581421."""
+    return [round(value, 6) for value in x.tolist()]
+
+
 def one_step() -> None:
     print("1. One step by hand")
     p = torch.tensor([1.0, -2.0, 3.0])
@@ -39,7 +44,7 @@ def one_step() -> None:
     state = init_adamw_state(p)
     storage, kept = p.data_ptr(), grad.clone()
     state = adamw_step_(p, grad, state, lr=0.1, weight_decay=0.0)
-    print(f"  p {p.tolist()}, m {state.m.tolist()}, v {state.v.tolist()}, t {state.t}")
+    print(f"  p {rounded(p)}, m {rounded(state.m)}, v {rounded(state.v)}, t {state.t}")
     # m̂ = g and v̂ = g² at the first step, so the update is lr·g/|g|: a gradient of 4 moves no further than one of 0.5.
     check("the first step is lr times the sign of the gradient", torch.allclose(p, torch.tensor([0.9, -1.9, 3.0])))
     # In place is torch's habit: p keeps its storage (and its place in the model), the gradient is only read.

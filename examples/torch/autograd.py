@@ -1,6 +1,7 @@
 """Gradients in PyTorch: who asks, where the answer goes, and what is left behind. Its twin is examples/jax/autograd.py.
 
-Run it with `python examples/torch/autograd.py`; every sentence that it prints has just been checked.
+Run it with `python examples/torch/autograd.py`; every line that begins with "ok" was checked before it was
+printed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def show(claim: str, holds: bool) -> None:
     """Print what has just been seen; raise if it was not so."""
     if not holds:
         raise AssertionError(f"not true here: {claim}")
-    print(f"  {claim}")
+    print(f"  ok: {claim}")
 
 
 def one_gradient_two_ways() -> None:

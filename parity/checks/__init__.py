@@ -16,7 +16,7 @@ from types import ModuleType
 
 from parity.errors import Misuse
 
-__all__ = ["CHECKS", "Progress", "Scope", "load"]
+__all__ = ["CHECKS", "OF_MODELS", "Progress", "Scope", "load"]
 
 CHECKS = (
     "logits",
@@ -31,6 +31,9 @@ CHECKS = (
     "initializers",
 )
 """In the order in which they run and are listed."""
+
+OF_MODELS = ("logits", "gradients")
+"""Those that look at the configurations, checkpoint and text of a scope; the others have problems of their own."""
 
 Progress = Callable[[int, int, str], None]
 """progress(done, total, label): called by a check after each unit of its work."""

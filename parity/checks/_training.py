@@ -73,6 +73,14 @@ class Run:
 
     losses_N: Float[np.ndarray, " N"]
     places_NP: Float[np.ndarray, "N+1 P"]
+    refused: str = ""
+    """What the optimizer said to gradients that were not finite; from that step's update on, all is NaN."""
+
+    @property
+    def lost(self) -> int:
+        """The first step that left anything not finite; the number of steps if all is finite."""
+        good = np.isfinite(self.losses_N) & np.isfinite(self.places_NP[1:]).all(1)
+        return len(good) if good.all() else int(np.argmin(good))
 
     @property
     def moved_NP(self) -> Float[np.ndarray, "N P"]:
@@ -124,33 +132,29 @@ class Training:
         params, state = optim.adamw_step(params, clipped, optim.AdamWState(m, v, step), lr, **HYPER)
         return loss, norm, grads, params, state.m, state.v
 
-    def torch_step(
-        self,
-        module: Any,
-        params: list[Any],
-        states: list[Any],
-        step: int,
-        tokens: Any,
-        targets: Any,
-        ahead: int = 0,
-    ) -> tuple[Any, Any, list[Any], list[Any]]:
-        """(loss, norm, raw gradients, states); `params` move in place. `ahead` misreads the schedule."""
+    def torch_gradients(self, module: Any, params: list[Any], tokens: Any, targets: Any) -> tuple[Any, list[Any]]:
+        """(loss, gradients)."""
         import torch
         from torch.func import functional_call
 
         import omni_torch.losses
-        import omni_torch.optim as optim
 
         with torch.enable_grad():
             logits = functional_call(module, dict(zip(self.names, params)), (tokens,))
             loss = omni_torch.losses.cross_entropy(logits, targets)
-            grads = list(torch.autograd.grad(loss, list(params)))
-        raw = [g.clone() for g in grads]
+            return loss.detach(), list(torch.autograd.grad(loss, list(params)))
+
+    def torch_update(
+        self, params: list[Any], grads: list[Any], states: list[Any], step: int, ahead: int = 0
+    ) -> tuple[Any, list[Any]]:
+        """(norm, states); `params` move and `grads` are clipped in place. `ahead` misreads the schedule."""
+        import omni_torch.optim as optim
+
         norm = optim.clip_grad_norm_(grads, RECIPE["max_norm"])
         lr = RECIPE["lr"] * optim.warmup_cosine(
             step + ahead, RECIPE["warmup_steps"], RECIPE["max_steps"], min_ratio=RECIPE["min_ratio"]
         )
-        return loss.detach(), norm, raw, optim.adamw_step_many_(params, grads, states, lr, **HYPER)
+        return norm, optim.adamw_step_many_(params, grads, states, lr, **HYPER)
 
     def flawed(self) -> Any:
         """The torch module with RMSNorm's eps 1e-6 where 1e-5 is meant."""
@@ -196,8 +200,10 @@ class Training:
         step = int(step)
         params = [named[f"p.{name}"].detach().clone().requires_grad_() for name in self.names]
         states = [optim.AdamWState(named[f"m.{x}"].clone(), named[f"v.{x}"].clone(), step) for x in self.names]
-        loss, norm, grads, states = self.torch_step(module, params, states, step, tokens, targets)
-        parts = (grads, [p.detach() for p in params], [s.m for s in states], [s.v for s in states])
+        loss, grads = self.torch_gradients(module, params, tokens, targets)
+        raw = [g.clone() for g in grads]
+        norm, states = self.torch_update(params, grads, states, step)
+        parts = (raw, [p.detach() for p in params], [s.m for s in states], [s.v for s in states])
         named = {f"{k}: {what}": x for what, xs in zip(KINDS, parts) for k, x in zip(self.names, xs)}
         return {"loss": loss, "gradient norm": norm} | named
 
@@ -248,27 +254,47 @@ class Training:
         device: Any = "cpu",
         module: Any = None,
         ahead: int = 0,
+        noise: int | None = None,
     ) -> Run:
-        """The same run in torch, in float32, step by step; `module` and `ahead` put a bug into it."""
+        """The same run in torch, in float32, step by step; `module`, `ahead` and `noise` put a bug into it.
+
+        With `noise`, the seed of it, gradients are noisy by `NOISE` from the middle of the run on. An update that is
+        refused because of gradients that are not finite ends the run; what was computed until then stays.
+        """
         import torch
 
         import omni_torch.optim as optim
 
         module = module or self.module
         move = lambda x: torch.from_numpy(np.array(x)).to(device)  # noqa: E731
-        losses, places = [], [begin]
+        draws = None if noise is None else np.random.default_rng([noise, 29])
+        losses, places, refused = np.full(len(tokens), np.nan), [begin], ""
         try:
             params = [move(begin[name]).requires_grad_() for name in self.names]
             states = [optim.init_adamw_state(p) for p in params]
             for i, (ids, wanted) in enumerate(zip(tokens.astype(np.int64), targets.astype(np.int64))):
-                loss, _, _, states = self.torch_step(module, params, states, i, move(ids), move(wanted), ahead)
-                losses.append(float(loss))
+                loss, grads = self.torch_gradients(module, params, move(ids), move(wanted))
+                losses[i] = float(loss)
+                if draws is not None and i >= len(tokens) // 2:
+                    for g in grads:
+                        g.mul_(move(1 + NOISE * draws.standard_normal(tuple(g.shape), np.float32)))
+                finite = all(bool(torch.isfinite(g).all()) for g in grads)
+                try:
+                    _, states = self.torch_update(params, grads, states, i, ahead)
+                except Exception as error:
+                    if finite:
+                        raise
+                    refused = _words(error)
+                    break
                 places.append({k: p.detach().cpu().numpy().copy() for k, p in zip(self.names, params)})
         except Exception as error:
             raise _crash("torch", error) from error
-        return Run(np.array(losses), np.stack([_flat(self.links, x) for x in places]))
+        known = np.stack([_flat(self.links, x) for x in places])
+        return Run(losses, np.pad(known, [(0, len(tokens) + 1 - len(known)), (0, 0)], constant_values=np.nan), refused)
 
 
+NOISE = np.float32(1e-2)
+"""Of a noisy run's gradients, relative."""
 KINDS = ("gradient", "displacement", "m", "v")
 """What a step returns of each parameter; the displacement is the new parameter until its start is taken away."""
 
@@ -278,6 +304,9 @@ def _flat(links: Sequence[Link], weights: Mapping[str, np.ndarray]) -> Float[np.
     return np.concatenate([link.to_jax(np.asarray(weights[link.torch], np.float64)).reshape(-1) for link in links])
 
 
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or "no message"
+
+
 def _crash(side: str, error: Exception) -> CannotLook:
-    words = " ".join(str(error).split())[:400] or "no message"
-    return CannotLook(f"the {side} side raised {type(error).__name__} in a free run: {words}")
+    return CannotLook(f"the {side} side raised {type(error).__name__} in a free run: {_words(error)}")

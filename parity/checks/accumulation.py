@@ -2,7 +2,8 @@
 
     gradient = Σ over micro-batches of ∇(Σ nats) / Σ over micro-batches of counted tokens
 
-divided once, at the end; and clipped once, after that. Shapes: A micro-batches, B rows of one, T time.
+divided once, at the end; and clipped once, after that. What runs is what the twins' own trainers run:
+training.accumulated_gradients over the trainers' own nats. Shapes: A micro-batches, B rows of one, T time.
 """
 
 from __future__ import annotations
@@ -25,31 +26,35 @@ __all__ = [
     "MAX_NORM",
     "MICRO",
     "PRECISIONS",
-    "jax_accumulated",
+    "micro_batches",
     "run",
-    "torch_accumulated",
 ]
 
 CLAIM = (
-    "Nats and gradients summed over micro-batches with unequal numbers of counted tokens and divided once by the sum "
-    "of these numbers are the loss and gradient of one big batch, on both sides, before any optimizer could hide their "
-    "scale; and so they are after clipping by the global norm, which acts on the accumulated gradient."
+    "What each twin's trainer accumulates (accumulated_gradients over its own nats) over micro-batches with unequal "
+    "numbers of counted tokens, one of them without any, is the loss and gradient of one big batch, before any "
+    "optimizer could hide their scale; and so it is after clipping by the global norm, which acts on the accumulated "
+    "gradient. Where no token counts at all, loss and gradients are zero, not NaN."
 )
 BLIND = (
     "Dropout (each micro-batch has masks of its own); moving averages and schedules that count micro-batches as steps; "
-    "mixed precision; more micro-batches than three; trainers other than this formula (the tests hold the twins' own "
-    "trainers to it)."
+    "mixed precision; more micro-batches than four; what a trainer does around its accumulation (the tests let both "
+    "trainers make an update)."
 )
 CONTROLS = {
     "mean of means": "the average of the micro-batches' mean losses (transformers#34191)",
     "sum not divided": "the sum of nats, not divided by the tokens (aprender#2123)",
     "last one dropped": "the last micro-batch left out",
     "each one clipped": "clipping after each micro-batch, not once at the end",
+    "zeros": "zeros in the place of each tensor",
+    "sign flipped": "each tensor with its sign flipped",
+    "another tensor": "another tensor of the same shape",
 }
 PRECISIONS = ("float64", "float32")
 CONFIG = "small mha-swiglu"
-MICRO = 3
-"""Micro-batches, of two rows each: 10, 1 and 8 tokens are predicted in them (the dropout check's LENGTHS)."""
+MICRO = (10, 1, 0, 8)
+"""Tokens predicted in each micro-batch: rows of the dropout check's LENGTHS, two by two, and two rows of PAD alone."""
+_EMPTY = MICRO.index(0)
 MAX_NORM = 0.1
 """Far below the gradient's norm, so that clipping is active."""
 
@@ -57,15 +62,17 @@ MAX_NORM = 0.1
 def run(scope: Scope, progress: Progress) -> CheckResult:
     """Judge the big batch and the accumulated gradient of both sides; the reference of both is the big batch's."""
     from parity.checks._steps import merge
-    from parity.checks.dropout import batch, small, undropped
+    from parity.checks._twins import Case, simple_controls
+    from parity.checks.dropout import small, undropped
 
     started = time.perf_counter()
     result = CheckResult("accumulation")
     precisions = [p for p in PRECISIONS if p in scope.precisions]
+    cases = []
     if precisions:
         # The dropout check's pair: one big batch in training mode, with everything kept.
         made = small(CONFIG, scope)
-        micro = tuple(x.reshape(MICRO, -1, x.shape[-1]) for x in batch(made.config, scope.seed))
+        rows = micro_batches(made.config, scope.seed)
         judge = _judge(scope, made.config)
     for done, precision in enumerate(precisions):
         progress(done, len(precisions), precision)
@@ -73,27 +80,47 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
         names = [name for name in whole.outputs if name != "logits"]
         result.rows += whole.rows("accumulation", CONFIG, "one big batch", names)
         truth = {name: whole.values[name][2] for name in names}
-        findings = judge(made.weights, micro, precision, oracle=truth | _clipped(truth))
+        findings = judge(made.weights, (rows,), precision, oracle=truth | _clipped(truth))
         result.rows += findings.rows("accumulation", CONFIG, "micro-batches")
         result.rows += _against_own(whole, findings)
+        result.rows += _nothing_counted(judge, made.weights, rows, precision)
         if not _norm(truth) > MAX_NORM:
             raise CannotLook(f"the gradient's norm is not above {MAX_NORM:g}: nothing was clipped")
+        cases.append(Case(CONFIG, "micro-batches", precision, findings, None))
         if scope.controls:
-            result.controls += _controls(made, findings, micro)
+            result.controls += _controls(made, findings, scope.seed)
     if not precisions:
         result.error = f"accumulation looks at {' and '.join(PRECISIONS)} only; ask for one of them with --precision"
     result.controls = merge(result.controls)
+    if scope.controls and cases:
+        result.controls += simple_controls(cases, ("zeros", "sign flipped", "another tensor"), lambda name: True)
     result.seconds = time.perf_counter() - started
     progress(1, 1, "")
     return result
 
 
+def micro_batches(config: Any, seed: int) -> np.ndarray:
+    """(A, B, T + 1): the big batch's rows as micro-batches, PAD after each row, and one micro-batch of PAD alone."""
+    from parity.checks.dropout import batch
+
+    tokens = batch(config, seed)[0]
+    rows = np.pad(tokens, ((0, 0), (0, 1))).reshape(len(MICRO) - 1, -1, tokens.shape[1] + 1)
+    return np.insert(rows, _EMPTY, 0, axis=0)
+
+
 def _judge(scope: Scope, config: Any) -> Any:
-    """The pair (tokens, targets, attention_mask), each (A, B, T) -> accumulated loss and gradients, clipped ones."""
+    """The pair: rows (A, B, T + 1) -> accumulated loss and gradients, their norm, clipped gradients.
+
+    JAX scans over micro-batches of one static shape; torch loops over micro-batches cut to their own longest row.
+    """
     from flax import nnx
 
+    import omni_jax.optim
     import omni_jax.thinker
+    import omni_jax.training
+    import omni_torch.optim
     import omni_torch.thinker
+    import omni_torch.training
     from omni_torch.config import ThinkerConfig
     from parity.judge import Judge
     from parity.pair import pair_of
@@ -101,19 +128,30 @@ def _judge(scope: Scope, config: Any) -> Any:
 
     config = ThinkerConfig(**(config.to_dict() | {"dropout": 0.0}))
     abstract = nnx.eval_shape(lambda: omni_jax.thinker.ThinkerLM(**config.to_dict(), rngs=nnx.Rngs(0)))
-    graphdef, template = nnx.split(abstract)
+    graphdef, template, rest = nnx.split(abstract, nnx.Param, ...)
 
-    def forward(params, tokens, targets, mask):
-        loss, grads, norm, clipped = jax_accumulated(graphdef, params, tokens, targets, mask)
+    def forward(params, rows):
+        def nats_of(params, rows_BT):
+            return omni_jax.training._nats(graphdef, params, rest, rows_BT, amp=False)
+
+        loss, grads, tokens = omni_jax.training.accumulated_gradients(nats_of, params, rows)
+        clipped, norm = omni_jax.optim.clip_grad_norm(grads, MAX_NORM)
         return {
-            "loss": loss, "gradient norm": norm, **_torch_layout(pair.links, grads, "gradient"),
-            **_torch_layout(pair.links, clipped, "clipped gradient"),
+            "loss": loss, "counted tokens": tokens.astype(loss.dtype), "gradient norm": norm,
+            **_torch_layout(pair.links, grads, "gradient"), **_torch_layout(pair.links, clipped, "clipped gradient"),
         }  # fmt: skip
 
-    def torch_forward(net, tokens, targets, mask):
-        loss, grads, norm, clipped = torch_accumulated(net, tokens, targets, mask)
+    def torch_forward(net, rows):
+        def nats_of(params, rows_BT):
+            return omni_torch.training._nats(net, params, rows_BT, amp=False)
+
+        batches = [_cut(rows_BT) for rows_BT in rows]
+        loss, grads, tokens = omni_torch.training.accumulated_gradients(nats_of, dict(net.named_parameters()), batches)
+        clipped = {k: g.clone() for k, g in grads.items()}
+        norm = omni_torch.optim.clip_grad_norm_(list(clipped.values()), MAX_NORM)
         return {
-            "loss": loss, "gradient norm": norm, **{f"gradient {k}": v for k, v in grads.items()},
+            "loss": loss, "counted tokens": tokens.to(loss.dtype), "gradient norm": norm,
+            **{f"gradient {k}": v for k, v in grads.items()},
             **{f"clipped gradient {k}": v for k, v in clipped.items()},
         }  # fmt: skip
 
@@ -122,6 +160,12 @@ def _judge(scope: Scope, config: Any) -> Any:
     pair.hasty = True
     devices = resolve_device(scope.device)
     return Judge(pair, draws=scope.draws, seed=scope.seed, devices=devices, device=scope.device)
+
+
+def _cut(rows_BT: Any) -> Any:
+    """Without the columns that hold PAD alone, but for the last one's target and one token of a batch without any."""
+    seen = rows_BT.ne(0).any(dim=0).nonzero()
+    return rows_BT[:, : (int(seen.max()) if len(seen) else 0) + 2]
 
 
 def _torch_layout(links: Sequence[Any], tree: Any, what: str) -> dict[str, Any]:
@@ -136,61 +180,23 @@ def _torch_layout(links: Sequence[Any], tree: Any, what: str) -> dict[str, Any]:
     return {f"{what} {k}": jnp.transpose(v, axes[k]) if k in axes else v for k, v in turned.items()}
 
 
-def jax_accumulated(graphdef: Any, params: Any, tokens: Any, targets: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
-    """(loss, gradients, their norm, clipped gradients): a scan over micro-batches, all of one static shape."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from omni_jax.config import PAD_ID
-    from omni_jax.losses import cross_entropy
-    from omni_jax.optim import clip_grad_norm
-
-    def nats_of(params, tokens, targets, mask):
-        count = jnp.sum(targets != PAD_ID, dtype=jnp.int32)
-        loss = cross_entropy(nnx.merge(graphdef, params)(tokens, attention_mask=mask), targets)
-        return loss * jnp.maximum(count, 1).astype(loss.dtype), count
-
-    def body(carry, batch):
-        (nats, count), grads = jax.value_and_grad(nats_of, has_aux=True)(params, *batch)
-        return jax.tree.map(jnp.add, carry, (nats, count, grads)), None
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    start = (jnp.zeros((), jax.tree.leaves(params)[0].dtype), jnp.zeros((), jnp.int32), zeros)
-    (nats, count, grads), _ = jax.lax.scan(body, start, (tokens, targets, mask))
-    total = jnp.maximum(count, 1).astype(nats.dtype)
-    grads = jax.tree.map(lambda g: g / total, grads)
-    clipped, norm = clip_grad_norm(grads, MAX_NORM)
-    return nats / total, grads, norm, clipped
-
-
-def torch_accumulated(
-    net: Any, tokens: Any, targets: Any, mask: Any
-) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
-    """The same: a loop over micro-batches, each cut to its own longest row."""
-    import torch
-
-    from omni_torch.config import PAD_ID
-    from omni_torch.losses import cross_entropy
-    from omni_torch.optim import clip_grad_norm_
-
-    params = dict(net.named_parameters())
-    grads = {k: torch.zeros_like(p) for k, p in params.items()}
-    nats, count = 0.0, 0
-    for tokens_BT, targets_BT, mask_BT in zip(tokens, targets, mask):
-        T = int(mask_BT.sum(dim=1).max())
-        tokens_BT, targets_BT, mask_BT = tokens_BT[:, :T], targets_BT[:, :T], mask_BT[:, :T]
-        counted = int((targets_BT != PAD_ID).sum())
-        with torch.enable_grad():
-            part = cross_entropy(net(tokens_BT, attention_mask=mask_BT), targets_BT) * max(counted, 1)
-            micro = torch.autograd.grad(part, list(params.values()))
-        for name, gradient in zip(grads, micro):
-            grads[name] += gradient
-        nats, count = nats + part.detach(), count + counted
-    grads = {k: g / max(count, 1) for k, g in grads.items()}
-    clipped = {k: g.clone() for k, g in grads.items()}
-    norm = clip_grad_norm_(list(clipped.values()), MAX_NORM)
-    return nats / max(count, 1), grads, norm, clipped
+def _nothing_counted(judge: Any, weights: Mapping[str, np.ndarray], rows: np.ndarray, precision: str) -> list[Row]:
+    """An update whose every micro-batch is PAD alone: exactly zero, by the same programs."""
+    sides = judge.cpu if precision == "float64" else judge.far
+    found = []
+    for side, name in zip(sides, ("jax", "torch")):
+        outputs, _ = side(weights, (np.zeros_like(rows),), precision)
+        wrong = [key for key, value in outputs.items() if not np.all(value == 0)]  # NaN is not 0
+        words = f"{len(outputs) - len(wrong)} of {len(outputs)} tensors are zero"
+        words += f"; not {', '.join(wrong)}" if wrong else ""
+        device = "cpu" if precision == "float64" else judge.device
+        found.append(
+            Row(
+                "accumulation", CONFIG, "no token counts", precision, f"loss and gradients ({name})",
+                Verdict.DIFFER if wrong else Verdict.AGREE, words, device=device,
+            )
+        )  # fmt: skip
+    return found
 
 
 def _norm(truth: Mapping[str, np.ndarray]) -> float:
@@ -207,7 +213,11 @@ def _clipped(truth: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     grads = {k: v for k, v in truth.items() if k.startswith("gradient ")}
     clipped, norm = oracle.clip(grads, MAX_NORM)
     named = {f"clipped {k}": np.asarray(v, np.float64) for k, v in clipped.items()}
-    return {"gradient norm": np.asarray(norm, np.float64), **named}
+    return {
+        "counted tokens": np.asarray(sum(MICRO), np.float64),
+        "gradient norm": np.asarray(norm, np.float64),
+        **named,
+    }
 
 
 def _against_own(whole: Any, findings: Any) -> list[Row]:
@@ -241,18 +251,18 @@ def _against_own(whole: Any, findings: Any) -> list[Row]:
 # ------------------------------------------------------------------------------------------------ controls
 
 
-def _controls(made: Any, findings: Any, micro: Any) -> list[Control]:
+def _controls(made: Any, findings: Any, seed: int) -> list[Control]:
     """Wrong ways to accumulate, made of the torch side's float64 micro-batches; rejected on every determined tensor."""
     from parity import oracle
-    from parity.checks.dropout import all_kept
+    from parity.checks.dropout import all_kept, batch
     from parity.precision import unit_roundoff
     from parity.verdict import accepts
 
-    means, counts = [], []
-    for batch in zip(*micro):
-        outputs, _ = made.judge.cpu[1](made.weights, (*batch, *all_kept(made.config, batch[0])), "float64")
+    means, counts = [], MICRO
+    for part in zip(*(x.reshape(len(MICRO) - 1, -1, x.shape[-1]) for x in batch(made.config, seed))):
+        outputs, _ = made.judge.cpu[1](made.weights, (*part, *all_kept(made.config, part[0])), "float64")
         means.append({k: v for k, v in outputs.items() if k != "logits"})
-        counts.append(int(np.sum(batch[1] != 0)))
+    means.insert(_EMPTY, {k: np.zeros_like(v) for k, v in means[0].items()})
 
     def mixed(shares: Sequence[float]) -> dict[str, np.ndarray]:
         return {k: np.asarray(sum(s * m[k] for s, m in zip(shares, means))) for k in means[0]}

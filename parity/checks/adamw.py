@@ -20,8 +20,9 @@ CLAIM = (
 )
 BLIND = (
     "Displacements lost in a parameter's own rounding (the noise of a parameter is a bound for what can be seen of its "
-    "update); gradients other than those drawn; more than 100 steps (python -m parity.optimizers makes 1,000); "
-    "parameters narrower than float32."
+    "update); gradients other than those drawn; other betas, eps, rates and decays than the one set; more than 100 "
+    "steps (`parity optimizers` makes 1,000); adamw_step_, the optimizers AdamW and adamw and their decay masks (the "
+    "twins' tests hold them equal to the step); parameters narrower than float32."
 )
 CONTROLS = {
     "no update": "zeros in place of the displacement",

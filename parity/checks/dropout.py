@@ -24,6 +24,7 @@ from parity.checks import Progress, Scope
 from parity.errors import CannotLook
 from parity.result import CheckResult, Control, Row
 from parity.verdict import Noise, Verdict
+from parity.verdict import measure as measure_distance
 
 __all__ = [
     "BLIND",
@@ -51,9 +52,11 @@ CLAIM = (
     "independent between positions, channels, heads, rows, places, layers and steps; evaluation drops nothing."
 )
 BLIND = (
-    "Deviations of a rate below those printed (`smallest seen`); dependence that leaves every pair of places "
-    "uncorrelated; rates other than the two used; generators other than the frameworks' defaults; a JAX training loop "
-    "that does not carry dropout's state from step to step (here it is carried); more than one layer with given masks."
+    "Deviations of a rate below those printed (`smallest seen`); dependence between unequal places of two rows, "
+    "heads, layers or steps (equal places are compared, such as overlapping counters would leave alone), or one that "
+    "leaves every pair uncorrelated; rates other than the two used; generators other than the frameworks' defaults; a "
+    "JAX training loop that does not carry dropout's state from step to step (here it is carried); more than one layer "
+    "with given masks; --precision float64 leaves each twin's own masks out (they are drawn in float32)."
 )
 CONTROLS = {
     "no scaling": "what is kept is not multiplied by 1 / (1 - rate)",
@@ -477,7 +480,13 @@ def _scale(draws: Draws) -> str:
     return "; ".join(wrong.values())
 
 
+_KNOWN = 1 << 20
+"""Degrees of freedom of a sigma that is not estimated."""
+
+
 def _probabilities(draws: Draws) -> str:
+    from parity.precision import unit_roundoff
+
     for name, given in draws.given.items():
         if "attention" not in name:
             continue
@@ -485,10 +494,12 @@ def _probabilities(draws: Draws) -> str:
         future = ~np.tri(T, dtype=bool)
         if given[..., future].any() or draws.gave[name][..., future].any():
             return f"{name}: a position sees its future"
-        off = float(np.abs(np.sum(given, axis=-1, dtype=np.float64) - 1.0).max())
-        # T probabilities of a float32 softmax and its total, each rounded a few times.
-        if not (given >= 0).all() or off > 4 * T * np.finfo(np.float32).eps:
-            return f"{name}: rows of what is dropped from sum to 1 ± {off:.2g}, not to 1: these are no probabilities"
+        off = np.asarray(np.sum(given, axis=-1, dtype=np.float64) - 1.0)
+        # A float32 softmax adds T exponentials and divides by the total: √T roundings and the quotient's.
+        sigma = np.full(off.shape, unit_roundoff("float32") * (1 + math.sqrt(T)))
+        if not (given >= 0).all() or not measure_distance(off, sigma, _KNOWN).within:
+            worst = float(np.abs(off).max())
+            return f"{name}: rows of what is dropped from sum to 1 ± {worst:.2g}, not to 1: these are no probabilities"
     return ""
 
 

@@ -6,7 +6,9 @@ units against a third optimizer in extended precision, fed the reference's gradi
 
 Free: both sides run from the same weights without looking at each other, in float32. Rounding alone drives them apart,
 and where training is chaotic exponentially so; how far is measured, not assumed: each framework runs from weights that
-are one unit roundoff away, too, and the envelope is a prediction bound for one more such distance.
+are one unit roundoff away, too, and the envelope is a prediction bound for one more such distance. At every step the
+quieter framework's bound counts, so that a side which became noisy does not excuse itself by its own noise; and each
+side runs twice from one start, which on a CPU must leave the same bits.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,15 +60,19 @@ BLIND = (
     "of an update whose gradient is zero up to rounding (such are counted)."
 )
 CONTROLS = {
+    "zeros": "zeros in place of loss, gradient norm and gradients",
     "no update": "zeros in place of a displacement, the old moments in place of the new",
-    "sign flipped": "each tensor with its sign flipped",
+    "sign flipped": "loss, norm and each tensor with its sign flipped",
+    "another tensor": "what the next tensor of the same shape and kind has; the norm in place of the loss",
     "decay in the gradient": "weight decay as L2, added to the gradient and so to both moments",
     "beta2 0.99": "another second beta, which moves nothing at the first update",
     "no bias correction": "moments used as they are",
     "rate one step on": "the learning rate of the next step",
-    "eps 1e-6": "RMSNorm's eps 1e-6 where 1e-5 is meant, on the torch side, in float64",
+    "eps 1e-6": "RMSNorm's eps 1e-6 where 1e-5 is meant, in float64; beside it, whether np.allclose at 1e-3 sees it",
     "free run: rate one step on": "a whole torch run with the learning rate of the next step",
     "free run: eps 1e-6": "a whole torch run with RMSNorm's eps 1e-6",
+    "free run: noisy later": "torch gradients noisy by 1e-2 from the middle on, in the perturbed runs as well",
+    "free run: one start twice": "the same noise, drawn anew: two runs from one start",
 }
 PRECISIONS = ("float64", "float32")
 STEPS = 50
@@ -77,6 +84,8 @@ SEEDS = 10
 """Free runs of a full look."""
 PERTURBED = 8
 """Runs of each framework from weights one unit roundoff away."""
+NOISY = 3
+"""So many of them in the control whose torch side is noisy."""
 DRAWS = 7
 
 
@@ -92,6 +101,8 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
         result.error = f"trajectory looks at {' and '.join(PRECISIONS)} only; ask for one of them with --precision"
         return result
     training = Training()
+    if scope.controls and "float64" not in precisions:
+        result.notes.append('control "eps 1e-6" of single steps needs float64 and was left out')
     parts: list[Any] = [lambda: _resynchronised(scope, training, precisions, result, progress)]
     if "float32" in precisions:
         parts.append(lambda: free_runs(scope, training, result, progress))
@@ -140,7 +151,7 @@ def _resynchronised(
     weights = start(scope.seed)
     state = {f"p.{name}": x.astype(np.float64) for name, x in weights.items()}
     state |= {f"{k}.{name}": np.zeros(x.shape) for k in "mv" for name, x in weights.items()}
-    shown: dict[str, list[Control]] = {}
+    shown: dict[str, list[_Shown]] = {}
     for number in range(judged[-1] + 1):
         inputs = (tokens[number], targets[number], np.int32(number))
         if number in judged:
@@ -152,7 +163,7 @@ def _resynchronised(
                 if scope.controls:
                     wrongs = _wrongs(step, training, inputs)
                     for name, tensors in wrongs.items():
-                        shown.setdefault(name, []).append(_rejected(name, tensors, step))
+                        shown.setdefault(name, []).append(_rejected(tensors, step))
         if number < judged[-1]:
             named, _ = judge.cpu[0](state, inputs, "float64")
             state = {f"{k}.{x}": named[f"{x}: {_WHAT[k]}"] for k in "pmv" for x in weights}
@@ -298,19 +309,23 @@ def _update(
 def _wrongs(step: _Step, training: Training, inputs: tuple[Any, ...]) -> dict[str, dict[str, np.ndarray]]:
     """By control, the tensors that it changes, as it would have them."""
     number, truth = step.number, step.truth
-    moves, kept = [], []
+    moves, kept, seen = [], [], []
     for name in truth:
         tensor, _, what = name.partition(": ")
         if what == "displacement":
             moves.append(name)
         elif what in ("m", "v"):
             kept.append((name, f"{what}.{tensor}"))
+        else:
+            seen.append(name)
     only = lambda found, names: {k: found[k] for k in names}  # noqa: E731
     update = lambda **bug: _update(step.state, step.gradients, number, **bug)  # noqa: E731
     seconds = [k for k, _ in kept if k.endswith(": v")]
     wrongs = {
+        "zeros": {k: np.zeros_like(truth[k]) for k in seen},
         "no update": {k: step.state[before] for k, before in kept},
-        "sign flipped": {k: -truth[k] for k, _ in kept},
+        "sign flipped": {k: -truth[k] for k in (*seen, *(k for k, _ in kept))},
+        "another tensor": _exchanged(truth),
         "decay in the gradient": only(update(decay_in_gradient=True), [k for k, _ in kept]),
         "beta2 0.99": only(update(beta2=0.99), seconds),
         "no bias correction": {},
@@ -326,14 +341,33 @@ def _wrongs(step: _Step, training: Training, inputs: tuple[Any, ...]) -> dict[st
         from parity.sides import TorchSide
 
         bad, _ = TorchSide(training.pair(training.flawed()))(step.state, inputs, step.precision)
-        wrongs["eps 1e-6"] = {k: bad[k] for k, _ in kept}
+        wrongs["eps 1e-6"] = {k: bad[k] for k in (*seen, *(k for k, _ in kept))}
         if number:
             wrongs["eps 1e-6"] |= {k: bad[k] - step.state[f"p.{k.partition(': ')[0]}"] for k in moves}
     return {k: v for k, v in wrongs.items() if v}
 
 
-def _rejected(control: str, tensors: Mapping[str, np.ndarray], step: _Step) -> Control:
-    """Rejected only on every determined tensor that the control changes."""
+def _exchanged(truth: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Each as the next one of its kind and shape has it; loss and norm are of one kind."""
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, x in truth.items():
+        groups.setdefault((name.partition(": ")[2], x.shape), []).append(name)
+    return {k: truth[other] for names in groups.values() for k, other in zip(names, names[1:] + names[:1])}
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """How many tensors of a step a control changed, how many were taken all the same, and what allclose would say."""
+
+    count: int
+    passed: tuple[str, ...]
+    familiar: int
+    where: str
+
+
+def _rejected(tensors: Mapping[str, np.ndarray], step: _Step) -> _Shown:
+    """Every determined tensor that the control changes has to be rejected."""
+    from parity.checks._twins import FAMILIAR_BOUND
     from parity.precision import unit_roundoff
     from parity.verdict import accepts
 
@@ -344,16 +378,24 @@ def _rejected(control: str, tensors: Mapping[str, np.ndarray], step: _Step) -> C
         if step.verdicts[k] is not Verdict.UNDETERMINED and not np.array_equal(wrong, step.truth[k])
     ]  # fmt: skip
     passed = [k for k in names if accepts(tensors[k], step.truth[k], step.noise[k], unit, noisy_reference=wide)]
-    where = f"{step.precision}, step {step.number}: {', '.join(passed)}" if passed else ""
-    return Control(control, rejected=bool(names) and not passed, evidence=f"{len(names)}|{len(passed)}|{where}")
+    single = lambda x: np.asarray(x, np.float32)  # noqa: E731
+    familiar = sum(
+        np.allclose(single(tensors[k]), single(step.truth[k]), rtol=FAMILIAR_BOUND, atol=FAMILIAR_BOUND) for k in names
+    )
+    return _Shown(len(names), tuple(passed), familiar, f"{step.precision}, step {step.number}")
 
 
-def _summed(control: str, parts: Sequence[Control]) -> Control:
-    counts = [part.evidence.split("|", 2) for part in parts]
-    shown, passed = sum(int(n) for n, _, _ in counts), sum(int(p) for _, p, _ in counts)
+def _summed(control: str, parts: Sequence[_Shown]) -> Control:
+    from parity.checks._twins import FAMILIAR_BOUND
+
+    shown, passed = sum(part.count for part in parts), sum(len(part.passed) for part in parts)
     words = f"rejected on {shown - passed} of {shown} tensors of {len(parts)} steps"
-    first = next((where for _, _, where in counts if where), None)
-    return Control(control, all(p.rejected for p in parts), words + (f"; passed on {first}" if first else ""))
+    first = next((part for part in parts if part.passed), None)
+    words += f"; passed on {first.where}: {', '.join(first.passed)}" if first else ""
+    if control == "eps 1e-6":
+        let = sum(part.familiar for part in parts)
+        words += f"; np.allclose at {FAMILIAR_BOUND:g} on the float32 values lets {let} of {shown} through"
+    return Control(control, all(part.count and not part.passed for part in parts), words)
 
 
 # ------------------------------------------------------------------------------------------------ free runs
@@ -361,7 +403,10 @@ def _summed(control: str, parts: Sequence[Control]) -> Control:
 
 @dataclass(frozen=True)
 class Envelope:
-    """How far apart rounding alone brings two runs, after each step; `typical` is the middle, `edge` the bound."""
+    """How far apart rounding alone brings two runs, after each step; `typical` is the middle, `edge` the bound.
+
+    An edge is NaN where nothing was measured: perturbed runs without any spread, or not finite, on both sides.
+    """
 
     distance_typical: np.ndarray
     distance_edge: np.ndarray
@@ -373,11 +418,11 @@ def distance(one: Run, other: Run) -> np.ndarray:
     """‖Δ − Δ′‖ / ‖Δ′‖ after each step, Δ being how far all parameters have come from the run's own start.
 
     Displacements, because a parameter hides its update; and a perturbed start is no distance of its own. Zero where
-    neither has moved.
+    neither has moved, NaN where one is not finite.
     """
-    gap = np.linalg.norm(one.moved_NP - other.moved_NP, axis=1)
-    way = np.linalg.norm(other.moved_NP, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        gap = np.linalg.norm(one.moved_NP - other.moved_NP, axis=1)
+        way = np.linalg.norm(other.moved_NP, axis=1)
         return np.where(gap == 0, 0.0, gap / way)
 
 
@@ -388,44 +433,45 @@ def prediction_bound(groups: Sequence[np.ndarray], level: float) -> np.ndarray:
 
     Distances grow by factors, so their logs are what scatters evenly. Each group is (K runs, steps), one framework's;
     s is the spread within groups, with all their K − 1 degrees of freedom together, t Student's one-sided quantile.
+    NaN where a distance is zero or not finite, or nothing scatters.
     """
     from scipy.special import stdtrit
 
-    logs = [np.log(group) for group in groups]
-    freedom = sum(len(x) - 1 for x in logs)
-    spread = np.sqrt(sum(np.square(x - x.mean(0)).sum(0) for x in logs) / freedom)
-    fewest = min(len(x) for x in logs)
-    reach = -float(stdtrit(freedom, level)) * np.sqrt(1.0 + 1.0 / fewest)
-    return np.exp(np.max([x.mean(0) for x in logs], axis=0) + reach * spread)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        logs = [np.log(group) for group in groups]
+        freedom = sum(len(x) - 1 for x in logs)
+        spread = np.sqrt(sum(np.square(x - x.mean(0)).sum(0) for x in logs) / freedom)
+        fewest = min(len(x) for x in logs)
+        reach = -float(stdtrit(freedom, level)) * np.sqrt(1.0 + 1.0 / fewest)
+        bound = np.exp(np.max([x.mean(0) for x in logs], axis=0) + reach * spread)
+        return np.where(spread > 0, bound, np.nan)
 
 
 def envelope(jax: Sequence[Run], torch: Sequence[Run], level: float, unit: float) -> Envelope:
-    """Each framework's perturbed runs against its own first run.
+    """Each framework's perturbed runs against its own first run; at every step the smallest of three bounds counts.
 
-    The loss has a sign and passes through zero differences, so its bound is Student's quantile times the RMS of all
+    They are JAX's own, torch's own and that of both together, each at a third of `level`. While both frameworks scatter
+    alike the common one is the sharpest, for it knows the spread best; where one of them is the noisier, the other's.
+
+    The loss has a sign and passes through zero differences, so its bound is Student's quantile times the RMS of the
     perturbed runs' differences, to which the rounding of the two losses that are subtracted is added.
     """
     from scipy.special import stdtrit
 
-    sides = {"JAX": jax, "torch": torch}
-    groups = {side: np.stack([distance(x, runs[0]) for x in runs[1:]]) for side, runs in sides.items()}
-    moved = np.linalg.norm(jax[0].moved_NP, axis=1) > 0
-    for side, group in groups.items():
-        at = ~(np.isfinite(group) & (group > 0)).all(0) & moved
-        if at.any():
-            raise CannotLook(
-                f"{side}: a run from perturbed weights has no distance to its own at step {int(np.argmax(at))} (equal "
-                "or not finite), so there is no envelope"
-            )
-    typical, edge = np.zeros(len(moved)), np.zeros(len(moved))
-    live = [group[:, moved] for group in groups.values()]
-    typical[moved] = np.exp(np.mean([np.log(x).mean(0) for x in live], axis=0))
-    edge[moved] = prediction_bound(live, level)
-    apart = np.concatenate([[x.losses_N - runs[0].losses_N for x in runs[1:]] for runs in sides.values()])
-    rounding = unit * np.hypot(jax[0].losses_N, torch[0].losses_N)
-    loss = np.hypot(np.sqrt(np.mean(np.square(apart), axis=0)), rounding)
-    reach = -float(stdtrit(len(apart), level / 2))
-    return Envelope(typical, edge, loss, reach * loss)
+    sides = [jax, torch]
+    groups = [np.stack([distance(x, runs[0]) for x in runs[1:]]) for runs in sides]
+    moved = np.any([np.linalg.norm(runs[0].moved_NP, axis=1) != 0 for runs in sides], axis=0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        typical = np.fmin.reduce([np.exp(np.log(x).mean(0)) for x in groups])
+        edge = np.fmin.reduce([prediction_bound(x, level / 3) for x in ([groups[0]], [groups[1]], groups)])
+        apart = [np.stack([x.losses_N - runs[0].losses_N for x in runs[1:]]) for runs in sides]
+        rounding = unit * np.sqrt(2) * np.fmin(np.abs(jax[0].losses_N), np.abs(torch[0].losses_N))
+        looks = [np.concatenate(x) for x in ([apart[0]], [apart[1]], apart)]
+        sizes = [np.hypot(np.sqrt(np.mean(np.square(x), axis=0)), rounding) for x in looks]
+        bounds = [-float(stdtrit(len(x), level / 6)) * size for x, size in zip(looks, sizes)]
+    return Envelope(
+        np.where(moved, typical, 0.0), np.where(moved, edge, 0.0), np.fmin.reduce(sizes), np.fmin.reduce(bounds)
+    )
 
 
 def free_runs(
@@ -439,8 +485,10 @@ def free_runs(
     steps = steps or (STEPS if scope.full else FREE_STEPS)
     seeds = range(scope.seed, scope.seed + (SEEDS if scope.full else 1))
     far_jax, far_torch = resolve_device(scope.device)
+    unit = unit_roundoff("float32")
     level = share(2 * steps * len(seeds))  # parameters and loss, every step of every run
     parts: dict[str, list[np.ndarray]] = {}
+    twice: list[Control] = []
     for seed in seeds:
         progress(seed - scope.seed, len(seeds), f"free run, seed {seed}")
         begin = start(seed)
@@ -448,51 +496,152 @@ def free_runs(
         tokens, targets = batches(seed, steps)
         left = training.jax_runs(starts, tokens, targets, far_jax)
         right = [training.torch_run(x, tokens, targets, far_torch) for x in starts]
-        _demand_finite(left[0], right[0])
-        bounds = envelope(left, right, level, unit_roundoff("float32"))
-        apart, losses = distance(right[0], left[0]), np.abs(right[0].losses_N - left[0].losses_N)
-        where: dict[str, Any] = {"seed": seed, "device": scope.device}
+        bounds = envelope(left, right, level, unit)
+        apart, losses = distance(right[0], left[0]), _apart(right[0].losses_N, left[0].losses_N)
+        where: dict[str, Any] = {"regime": f"free run, seed {seed}", "device": scope.device, "until": steps}
+        where["lost"] = _lost(left[0], right[0])
+        both = left[0].lost == right[0].lost < steps
+        if both:  # NaN beside NaN agrees about nothing, but what was before can be told
+            where |= {"until": left[0].lost, "lost": ""}
         result.rows.append(_row("parameters of a free run", apart, bounds.distance_edge, **where))
         result.rows.append(_row("loss of a free run", losses, bounds.loss_edge, size=left[0].losses_N, **where))
+        again = {
+            "JAX": (left[0], training.jax_runs(starts, tokens, targets, far_jax)[0]),
+            "torch": (right[0], training.torch_run(begin, tokens, targets, far_torch)),
+        }
+        for side, runs in again.items():
+            row = _repeated(side, *runs, bounds.distance_edge, _exact(side, scope.device))
+            result.rows.append(replace(row, regime=where["regime"], device=scope.device))
         if seed == scope.seed:
             result.series = _series(left[0], right[0], apart, losses, bounds)
+        if both:
+            raise CannotLook(
+                f"both free runs became NaN or infinite at step {left[0].lost}: NaN beside NaN agrees about nothing"
+            )
         if scope.controls:
+            wrong_run = partial(training.torch_run, tokens=tokens, targets=targets, device=far_torch)
             bugs: dict[str, Any] = {
                 "free run: rate one step on": {"ahead": 1},
                 "free run: eps 1e-6": {"module": training.flawed()},
             }
             for name, bug in bugs.items():
-                wrong = distance(training.torch_run(begin, tokens, targets, far_torch, **bug), left[0])
+                wrong = distance(wrong_run(begin, **bug), left[0])
                 parts.setdefault(name, []).append(_share(wrong, bounds.distance_edge))
+            # Noise that came late is in every run of the noisy side, those that measure its envelope included.
+            noisy = [wrong_run(x, noise=k) for k, x in enumerate(starts[: NOISY + 1])]
+            edge = envelope(left, noisy, level, unit).distance_edge
+            parts.setdefault("free run: noisy later", []).append(_share(distance(noisy[0], left[0]), edge))
+            row = _repeated("noisy", noisy[0], wrong_run(begin, noise=len(noisy)), edge, exact=True)
+            twice.append(Control("", row.verdict is Verdict.UNSTABLE, row.evidence))
     for name, shown in parts.items():
         if shown:
             result.controls.append(_told(name, shown))
+    if twice:
+        rejected = sum(control.rejected for control in twice)
+        words = f"rejected in {rejected} of {len(twice)} runs: {twice[0].evidence}"
+        result.controls.append(Control("free run: one start twice", rejected == len(twice), words))
 
 
-def _demand_finite(left: Run, right: Run) -> None:
-    bad = {
-        side: not (np.isfinite(run.losses_N).all() and np.isfinite(run.places_NP).all())
-        for side, run in (("JAX", left), ("torch", right))
-    }
-    if all(bad.values()):
-        raise CannotLook("both free runs became NaN or infinite: NaN beside NaN agrees about nothing")
+def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.abs(one - other)
 
 
-def _row(name: str, found: np.ndarray, edge: np.ndarray, seed: int, device: str, size: np.ndarray | float = 1.0) -> Row:
-    """AGREE if `found` stays within `edge` at every step; NaN is outside. `size` makes what would be seen relative."""
-    share = _share(found, edge)
+def _lost(left: Run, right: Run) -> str:
+    """Which side was the first to be not finite, and where; empty if both are finite throughout."""
+    runs = {"JAX": left, "torch": right}
+    side, other = sorted(runs, key=lambda k: runs[k].lost)
+    run, step = runs[side], runs[side].lost
+    if step == len(run.losses_N):
+        return ""
+    words = f"{side} is NaN or infinite from step {step} on, where {other} is finite"
+    return f"{words}; its optimizer refused the gradients: {run.refused}" if run.refused else words
+
+
+def _row(
+    name: str,
+    found: np.ndarray,
+    edge: np.ndarray,
+    *,
+    regime: str,
+    device: str,
+    until: int,
+    lost: str,
+    size: np.ndarray | float = 1.0,
+) -> Row:
+    """AGREE if `found` stays within `edge` at every step before `until`; NaN is outside.
+
+    Where there is no edge, more than `unstable_ratio` roundings per update is a difference, less is undetermined.
+    `size` makes what would be seen relative.
+    """
+    from parity.precision import unit_roundoff
+    from parity.verdict import THRESHOLDS
+
+    size = np.broadcast_to(size, found.shape)[:until]
+    found, edge = found[:until], edge[:until]
+    if not found.size:
+        return Row("trajectory", "", regime, "float32", name, Verdict.UNDETERMINED, "nothing is finite", device=device)
+    bare = np.isnan(edge) & ~(found == 0)
+    crude = THRESHOLDS.unstable_ratio * unit_roundoff("float32") * np.arange(1, len(found) + 1) * np.abs(size)
+    share = _share(found, np.where(bare, crude, edge))
     outside = np.flatnonzero(~(share <= 1))
     worst = int(np.argmax(share))
     inside = f"inside the envelope for all {len(found)} steps, nearest to its edge after step {worst}, at"
     verdict, words = Verdict.AGREE, f"{inside} {share[worst]:.0%} of it"
+    none = "no envelope at step {}, for neither framework's perturbed runs scatter, and the twins are {:.3g} apart"
     if outside.size:
         first = int(outside[0])
         verdict = Verdict.DIFFER
-        words = f"left the envelope at step {first}: {found[first]:.3g} where {edge[first]:.3g} is its edge"
-        words += f"; outside at {outside.size} of {len(found)} steps, at most {share[worst]:.3g} times the edge"
+        if np.isnan(found[first]):
+            words = lost or f"not finite at step {first}"
+        elif bare[first]:
+            words = none.format(first, found[first])
+            words += f", {share[first]:.3g} times what {THRESHOLDS.unstable_ratio:g} roundings per update explain"
+        else:
+            words = f"left the envelope at step {first}: {found[first]:.3g} where {edge[first]:.3g} is its edge"
+        known = share[np.isfinite(share)]
+        words += f"; outside at {outside.size} of {len(found)} steps, at most {np.max(known, initial=0.0):.3g} times"
+        words += " the edge where it is finite" if len(known) < len(share) else " the edge"
+        if lost and not np.isnan(found[first]):
+            words += f"; {lost}"
+    elif bare.any():
+        first = int(np.argmax(bare))
+        verdict, words = Verdict.UNDETERMINED, none.format(first, found[first])
     return Row(
-        "trajectory", "", f"free run, seed {seed}", "float32", name, verdict, words, device=device,
+        "trajectory", "", regime, "float32", name, verdict, words, device=device,
         shape=(len(found),), excess=float(share[worst]), smallest_seen=_smallest(edge / size),
+    )  # fmt: skip
+
+
+def _exact(side: str, device: str) -> bool:
+    """Must two runs leave the same bits? On a CPU, and in torch on one core: more of them may sum in any order."""
+    import torch
+
+    return device == "cpu" and (side == "JAX" or torch.get_num_threads() == 1)
+
+
+def _differs(one: Run, other: Run) -> np.ndarray:
+    """At which steps two runs differ in any bit; NaN equals NaN."""
+    equal = lambda x, y: (x == y) | (np.isnan(x) & np.isnan(y))  # noqa: E731
+    places = equal(one.places_NP[1:], other.places_NP[1:]).all(1)
+    return ~(places & equal(one.losses_N, other.losses_N))
+
+
+def _repeated(side: str, one: Run, other: Run, edge: np.ndarray, exact: bool) -> Row:
+    """UNSTABLE if two runs of one side from one start are not the same; unless `exact`, if they leave the envelope."""
+    parted = _differs(one, other)
+    gap = distance(other, one)
+    shares = np.where(parted, _share(np.where(np.isnan(one.moved_NP).any(1), 0.0, gap), edge), 0.0)
+    verdict, words = Verdict.AGREE, f"two {side} runs from one start leave the same bits for all {len(parted)} steps"
+    if parted.any():
+        first = int(np.argmax(parted))
+        words = f"two {side} runs from one start part at step {first}, by {np.nanmax(gap, initial=0.0):.3g} at most"
+        bad = exact or not np.all(shares <= 1)
+        verdict = Verdict.UNSTABLE if bad else Verdict.AGREE
+        words += f": the {side} side is not deterministic" if bad else ", inside the envelope"
+    return Row(
+        "trajectory", "", "", "float32", f"one start twice: {side}", verdict, words,
+        shape=(len(parted),), excess=float(np.max(shares)),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,9 @@ def draw(series: Mapping[str, Sequence[float]], title: str = "") -> str:
     except ImportError as error:
         raise CannotLook("the picture needs matplotlib, which is not installed: pip install matplotlib") from error
     steps = series["step"]
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9.0}):
+    # The salt, because names of clip paths are otherwise random and no two files alike.
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "parity", "font.size": 9.0}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(7.2, 7.0), layout="constrained")
         FigureCanvasSVG(figure)
         top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(1.2, 1.0, 1.0))
@@ -111,7 +114,12 @@ def draw(series: Mapping[str, Sequence[float]], title: str = "") -> str:
         figure.align_ylabels([top, middle, bottom])
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Title": "Training trajectories"})
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    svg = "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    # matplotlib names clip paths by addresses: the same picture gets the same names here.
+    names = dict.fromkeys(re.findall(r'id="(\w[0-9a-f]{10})"', svg))
+    for number, name in enumerate(names):
+        svg = svg.replace(name, f"part{number}")
+    return svg
 
 
 JAX, TORCH, APART, INSIDE = "#7a9cc6", "#c8553d", "#222222", "#dfe8d8"

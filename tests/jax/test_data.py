@@ -228,11 +228,42 @@ def test_a_padded_batch_is_frozen() -> None:
         ([np.array([[1]])], r"seqs\[0\] has shape \(1, 1\)"),
         ([np.array(1)], r"seqs\[0\] has shape \(\)"),
         ([[1, 2]], r"seqs\[0\] is a list"),
+        (None, "seqs is a NoneType"),
+        ([np.array([2**63], np.uint64)], r"seqs\[0\] holds 9223372036854775808"),
+        ([np.array([1]), np.array([2**64 - 1], np.uint64)], r"seqs\[1\] holds 18446744073709551615"),
+        ([np.array([-(2**31) - 1])], r"seqs\[0\] holds -2147483649"),
     ],
 )
 def test_sequences_that_are_none(seqs, words) -> None:
     with pytest.raises(ValueError, match=words):
         pad_1d_sequences(seqs)
+
+
+@pytest.mark.parametrize("pad_value", [2**70, -(2**70)])
+def test_a_pad_value_that_does_not_fit_is_refused(pad_value) -> None:
+    with pytest.raises(ValueError, match=f"pad_value={pad_value} is outside"):
+        pad_1d_sequences([np.array([1])], pad_value)
+
+
+def test_arrays_on_the_device_are_fetched() -> None:
+    seqs = [jnp.array([5, 0, 7]), jnp.array([8], jnp.uint8)]
+    host, device = (pad_1d_sequences(which, 9) for which in ([np.asarray(seq) for seq in seqs], seqs))
+    assert isinstance(device.tokens, np.ndarray)
+    assert device.tokens.tolist() == host.tokens.tolist() == [[5, 0, 7], [8, 9, 9]]
+    batch = collate_next_token_batch([(jnp.array([1, 5]), jnp.array([5, 9])), (jnp.array([1]),) * 2])
+    assert batch["input_ids"].tolist() == [[1, 5], [1, 0]]
+    with pytest.raises(ValueError, match=r"seqs\[0\] has shape \(1,\) and dtype float32"):
+        pad_1d_sequences([jnp.array([1.0])])
+
+
+def test_no_list_of_pairs_is_no_batch() -> None:
+    with pytest.raises(ValueError, match="batch is a NoneType"):
+        collate_next_token_batch(None)  # type: ignore[arg-type]
+
+
+def test_lists_are_arrays_here() -> None:
+    assert TensorPairDataset([1], [2])[0] == (1, 2)  # type: ignore[arg-type]
+    assert [part.tolist() for part in NextTokenDataset([[1, 2]])[0]] == [[1], [2]]  # type: ignore[arg-type]
 
 
 def test_a_pad_value_is_an_integer() -> None:

@@ -158,3 +158,18 @@ def test_keys_decide():
     for init in (xavier_uniform, kaiming_uniform, linear_default, embedding_default):
         assert jnp.array_equal(init(KEY, (8, 8)), init(KEY, (8, 8)))
         assert not jnp.array_equal(init(KEY, (8, 8)), init(jax.random.key(1), (8, 8)))
+
+
+def test_what_is_not_clear_is_refused_with_its_name():
+    for value in ([], None, 1):
+        with pytest.raises(ValueError, match="nonlinearity must be one of linear"):
+            kaiming_uniform(KEY, (2, 3), nonlinearity=value)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="scheme must be one of"):
+            init_linear(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), KEY, value)  # type: ignore[arg-type]
+    for value in (None, "x", [1.0]):
+        with pytest.raises(ValueError, match="gain must be finite"):
+            xavier_uniform(KEY, (2, 3), gain=value)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="fan_in must be a number"):
+            bias_default(value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weight must be an array, got list"):
+        fan_in_fan_out([1])

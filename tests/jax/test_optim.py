@@ -214,6 +214,21 @@ def test_signature():
         ({"lr": math.nan}, "lr"),
         ({"lr": math.inf}, "lr"),
         ({"lr": jnp.ones(3)}, "lr must be a scalar"),
+        ({"betas": ("a", "b")}, r"betas must be two numbers in \[0, 1\), got \('a', 'b'\)"),
+        ({"betas": "ab"}, "betas must be two numbers"),
+        ({"betas": None}, "betas must be two numbers"),
+        ({"betas": (0.9, None)}, "betas must be two numbers"),
+        ({"lr": None}, "lr must be a number, finite and ≥ 0, got None; pass for example lr=1e-3"),
+        ({"lr": "x"}, "lr must be a number, finite and ≥ 0, got 'x'"),
+        ({"lr": 1j}, "lr must be a number"),
+        ({"lr": [0.1]}, "lr must be a number"),
+        ({"lr": jnp.array([0.1])}, r"lr must be a scalar, got shape \(1,\)"),
+        ({"lr": jnp.array(-0.1)}, "lr must be finite"),
+        ({"eps": None}, "eps must be a number"),
+        ({"weight_decay": None}, "weight_decay must be a number"),
+        ({"weight_decay": jnp.array([0.1])}, "weight_decay must be a scalar"),
+        ({"state": {}}, r"state must be an AdamWState \(m, v, t\), got dict"),
+        ({"state": None}, "state must be an AdamWState"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"grads": {"w": jnp.zeros(2)}}, r"grads\['w'\] must have the shape"),
@@ -237,6 +252,30 @@ def test_bad_arguments_are_refused_on_the_host(change, message):
     arguments = {"params": params, "grads": {"w": jnp.ones(3)}, "state": init_adamw_state(params), **HYPER, **change}
     with pytest.raises(ValueError, match=message):
         adamw_step(**arguments)
+
+
+@pytest.mark.parametrize("t", [3, np.int64(3), np.array(3), jnp.int32(3)])
+def test_the_count_may_be_any_integer(t):
+    params = {"w": jnp.ones(3)}
+    start = init_adamw_state(params)
+    new, state = adamw_step(params, params, start._replace(t=t), **HYPER)
+    want, _ = adamw_step(params, params, start._replace(t=jnp.int32(3)), **HYPER)
+    assert jnp.array_equal(new["w"], want["w"])
+    assert state.t.dtype == jnp.int32
+    assert int(state.t) == 4
+    optimizer = adamw(lambda count: 0.1 * count.astype(jnp.float32))
+    assert int(optimizer.update(params, start._replace(t=t), params)[1].t) == 4
+    assert int(jitted(params, params, start._replace(t=t), **HYPER)[1].t) == 4
+
+
+@pytest.mark.parametrize("t", [-1, jnp.int32(-1), np.int64(-1), True, 1.0, None, "3", jnp.zeros(2, jnp.int32), 2**40])
+def test_other_counts_are_refused(t):
+    params = {"w": jnp.ones(3)}
+    state = init_adamw_state(params)._replace(t=t)
+    with pytest.raises(ValueError, match=r"state\.t must be an integer scalar ≥ 0"):
+        adamw_step(params, params, state, **HYPER)
+    with pytest.raises(ValueError, match=r"state\.t must be an integer scalar ≥ 0"):
+        adamw(lambda count: 0.1).update(params, state, params)
 
 
 def test_state_of_integers_is_refused():
@@ -279,7 +318,7 @@ def test_clipping_below_the_limit_changes_no_bit():
     for limit in (1.0, math.inf):
         clipped, _ = clip_grad_norm(grads, limit)
         assert jnp.array_equal(clipped["a"], grads["a"])
-    for limit in (0.0, -1.0, math.nan):
+    for limit in (0.0, -1.0, math.nan, None, "x"):
         with pytest.raises(ValueError, match="max_norm"):
             clip_grad_norm(grads, limit)
 
@@ -567,7 +606,13 @@ def test_adamw_works_under_optax_wrappers_and_on_nnx_states():
         ({"betas": 0.9}, "betas"),
         ({"eps": math.nan}, "eps"),
         ({"weight_decay": -1.0}, "weight_decay"),
-        ({"mask": {"w": True}}, "mask must be a tree of bools"),
+        ({"lr": None}, "lr must be a number"),
+        ({"betas": ("a", "b")}, "betas"),
+        ({"mask": {"w": True}}, "mask must be a tree of bools with the structure"),
+        (
+            {"mask": {"w": jnp.array(True), "b": False}},
+            r"mask must be a tree of bools, Python's True and False, got \w+ at mask\['w'\]; convert it with bool",
+        ),
         ({"mask": {"w": 1, "b": 0}}, "mask must be a tree of bools"),
     ],
 )
@@ -585,7 +630,61 @@ def test_what_its_updates_refuse():
         optimizer.update(params, state)
     with pytest.raises(ValueError, match="lr must be finite"):
         optimizer.update(params, state, params)
-    with pytest.raises(ValueError, match="holds NaN or Inf"):
-        adamw(0.1).update(jax.tree.map(lambda x: x * jnp.nan, params), state, params)
+    with pytest.raises(ValueError, match="state must be an AdamWState"):
+        optimizer.update(params, {}, params)
     with pytest.raises(ValueError, match="real floating dtype"):
         adamw(0.1).init({"w": jnp.ones(2, jnp.int32)})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adamw_hands_nan_on_so_that_apply_if_finite_can_skip_it(compiled):
+    import optax
+
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    bad = {"w": jnp.full((2, 2), jnp.nan), "b": jnp.ones(2)}
+    plain = adamw(0.5)
+    updates, _ = plain.update(bad, plain.init(params), params)
+    assert bool(jnp.isnan(updates["w"]).all())
+    assert bool(jnp.isfinite(updates["b"]).all())
+    careful = optax.apply_if_finite(plain, max_consecutive_errors=3)
+    update = jax.jit(careful.update) if compiled else careful.update
+    with jax.numpy_dtype_promotion("standard"):  # optax's own counters
+        updates, state = update(bad, careful.init(params), params)
+        assert not any(bool(u.any()) for u in jax.tree.leaves(updates))
+        assert int(state.inner_state.t) == 0
+        updates, state = update(params, state, params)
+    assert all(bool(u.all()) for u in jax.tree.leaves(updates))
+    assert int(state.inner_state.t) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("static", [(), ("betas", "eps", "weight_decay", "mask")])
+def test_adamw_under_inject_hyperparams(compiled, static):
+    import optax
+
+    params = {"w": jnp.full((2, 2), 3.0), "b": jnp.ones(2)}
+    mask = decay_mask if static else None
+    optimizer = optax.inject_hyperparams(adamw, static_args=static)(lr=0.1, weight_decay=0.5, mask=mask)
+    update = jax.jit(optimizer.update) if compiled else optimizer.update
+    plain = adamw(0.1, weight_decay=0.5, mask=mask)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = update(params, optimizer.init(params), params)
+        state.hyperparams["lr"] = jnp.float32(0.0)
+        later, _ = update(params, state, params)
+    want, _ = (jax.jit(plain.update) if compiled else plain.update)(params, plain.init(params), params)
+    u = float(jnp.finfo(jnp.float32).eps)
+    for name, x in updates.items():
+        bound = 4 * u * np.abs(np.asarray(params[name]))
+        assert np.all(np.abs(np.asarray(x) - np.asarray(want[name])) <= bound)
+        assert not later[name].any()
+
+
+def test_traced_betas_and_injected_mask_functions_are_refused_with_the_remedy():
+    import optax
+
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r'static_args=\("betas", "eps", "weight_decay"\)'):
+        jax.jit(lambda beta: adamw(0.1, betas=(beta, 0.9)).init(params))(0.5)
+    optimizer = optax.inject_hyperparams(adamw)(lr=0.1, mask=decay_mask)  # optax takes the function for a schedule
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(ValueError, match="mask must be a tree of bools"):
+        optimizer.init(params)

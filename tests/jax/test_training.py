@@ -470,3 +470,13 @@ def test_mse_step_broadcasts_nothing(shape) -> None:
         train_step_mse(model, (np.ones((4, 3), np.float32), np.ones(shape, np.float32)), optimizer, state)
     with pytest.raises(ValueError, match="not empty"):
         train_step_mse(model, (np.ones((0, 3), np.float32), np.ones((0, 1), np.float32)), optimizer, state)
+
+
+def test_an_mse_step_on_a_nan_batch_raises_and_takes_lists() -> None:
+    model, optimizer = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), optax.adam(0.1)
+    opt_state = optimizer.init(nnx.state(model, nnx.Param))
+    with pytest.raises(NumericalError, match="no parameter was updated"):
+        train_step_mse(model, (np.full((2, 3), np.nan, np.float32), np.zeros((2, 1), np.float32)), optimizer, opt_state)
+    new, _, loss = train_step_mse(model, ([[1.0, 2.0, 3.0]], [[1.0]]), optimizer, opt_state)
+    assert np.isfinite(loss)
+    assert not np.array_equal(new.kernel[...], model.kernel[...])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import io
 import math
 import random
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,9 @@ from omni_jax.config import ThinkerConfig
 from omni_jax.layers import TokenIdError
 from omni_jax.losses import cross_entropy
 from omni_jax.optim import clip_grad_norm, warmup_cosine
+from omni_jax.progress import TrainingProgress
+from omni_jax.pt_archive import CheckpointError
+from omni_jax.run_folder import RunFolder
 from omni_jax.thinker import ThinkerLM
 from omni_jax.training_utils import (
     NumericalError,
@@ -343,6 +348,8 @@ def test_a_traced_learning_rate_is_a_schedule_too():
     ("arguments", "field"),
     [
         ((0.5, -1, 10), "warmup_steps"),
+        ((0.5, 0.5, 10), "warmup_steps must be an integer, got 0.5"),
+        ((0.5, 1, 10.5), "max_steps must be an integer"),
         ((0.5, 10, 10), "max_steps"),
         ((0.5, 1, 10, 1.5), "min_lr_ratio"),
         ((0.5, 1, 10, NAN), "min_lr_ratio"),
@@ -356,7 +363,7 @@ def test_a_schedule_that_cannot_be_is_refused(arguments, field):
         get_lr_scheduler(*arguments)
 
 
-@pytest.mark.parametrize("step", [0.5, -1, -1.0, NAN, jnp.ones(2), jnp.ones(2, jnp.int32)])
+@pytest.mark.parametrize("step", [0.5, -1, -1.0, NAN, jnp.array(-1), jnp.ones(2), jnp.ones(2, jnp.int32)])
 def test_a_step_is_a_count(step):
     with pytest.raises(ValueError, match="step"):
         get_lr_scheduler(0.5, 1, 10)(step)
@@ -507,6 +514,51 @@ def test_it_stops_at_a_gradient_that_is_nan_though_the_loss_is_not():
     assert record.where == "gradients: layers.0.bias"  # JAX keeps a layer's leaves by name
 
 
+def loss_over(pred, y):
+    return jnp.mean(jnp.square(pred - y))
+
+
+@pytest.mark.parametrize(("pred_shape", "y_shape"), [((8, 1), (8,)), ((8, 1), (8, 3)), ((8, 1), (1, 8))])
+def test_it_stops_at_a_loss_that_broadcasts(pred_shape, y_shape, capsys):
+    y = np.random.default_rng(1).normal(size=y_shape).astype(np.float32)
+    model = a_model()
+    before = weights(model)
+    with jax.numpy_rank_promotion("allow"):
+        (record,) = debug_training(model, [(batches(1)[0][0], y)], loss_over, optax.sgd(0.1))
+    assert record.where == "loss"
+    assert f"the loss broadcasts {pred_shape} against {y_shape}" in record.problem
+    assert (record.target_shape, record.target_dtype) == (y_shape, "float32")
+    assert record.grad_norm is None
+    assert same(weights(model), before)
+    printed = capsys.readouterr().out
+    assert f"Target shape: {y_shape}, dtype: float32" in printed
+    assert f"Target range: [{y.min():.6g}, {y.max():.6g}]" in printed
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda pred, y: loss_over(pred.squeeze(-1), y),
+        lambda pred, y: loss_over(pred[:, 0], y),
+        lambda pred, y: loss_over(pred, y[:, None]),
+    ],
+)
+def test_a_loss_that_puts_the_shapes_right_is_fine(loss_fn):
+    data = [(x, y[:, 0]) for x, y in batches(3)]
+    with jax.numpy_rank_promotion("allow"):
+        records = debug_training(a_model(), data, loss_fn, optax.sgd(0.1))
+    assert [record.problem for record in records] == [None] * 3
+
+
+def test_an_update_that_changes_nothing_is_reported():
+    unbiased = nnx.Linear(4, 1, use_bias=False, rngs=nnx.Rngs(0))  # a bias of 0 would take the smallest update
+    (record,) = debug_training(unbiased, batches(1), mse, optax.sgd(1e-30))
+    assert record.where == "updates"
+    assert "the update changed nothing" in record.problem
+    for optimizer in (optax.sgd(0.0), optax.sgd(get_lr_scheduler(0.1, 2, 10)), optax.MultiSteps(optax.sgd(0.1), 2)):
+        assert debug_training(a_model(), batches(1), mse, optimizer)[0].problem is None
+
+
 def test_an_update_that_is_not_finite_is_reported():
     record = stopped(a_model(), batches(1), lr=INF)
     assert record.where == "updates: layers.0.bias"
@@ -606,3 +658,107 @@ def test_other_misuse():
 
 def test_the_docstrings_examples():
     assert doctest.testmod(omni_jax.training_utils).failed == 0
+
+
+# --- the run's folder and the bar ------------------------------------------------------------------------------------
+
+
+def a_folder(path, **settings):
+    folder = RunFolder(path)
+    folder.start({"lr": 0.1, "max_steps": 12, "print_freq": 1} | settings, "ids")
+    folder.last.write_bytes(b"last")
+    return folder
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_run_without_its_last_checkpoint_names_a_way_out(best, tmp_path):
+    folder = a_folder(tmp_path)
+    folder.last.unlink()
+    if best:
+        folder.best.write_bytes(b"best")
+    messages = []
+    for look in (folder.check_free, folder.check_run, lambda: folder.check_same({}, "ids")):
+        with pytest.raises(ValueError, match=r"last\.pt is missing") as caught:
+            look()
+        messages.append(str(caught.value))
+    assert len(set(messages)) == 1
+    assert ("copy best.pt to last.pt" in messages[0]) == best
+    assert "give another folder, or remove this one" in messages[0]
+    assert "--resume" not in messages[0]
+    if best:
+        folder.best.rename(folder.last)
+        folder.check_run()
+
+
+def test_a_part_of_a_run_can_only_go(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.check_free()
+    with pytest.raises(ValueError, match="holds no run to resume; start one without --resume"):
+        folder.check_run()
+    folder.best.write_bytes(b"best")
+    for look in (folder.check_free, folder.check_run):
+        with pytest.raises(ValueError, match=r"run\.json and last\.pt are missing: .* remove this one") as caught:
+            look()
+        assert "copy" not in str(caught.value)
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_damaged_last_checkpoint_names_a_way_out(best, tmp_path):
+    def load(path):
+        raise CheckpointError(f"{path.name} is cut off")
+
+    folder = a_folder(tmp_path)
+    assert folder.load_last(lambda path: path.read_bytes()) == b"last"
+    if best:
+        folder.best.write_bytes(b"best")
+    with pytest.raises(CheckpointError, match=r"last\.pt is cut off; to go on .* give another folder") as caught:
+        folder.load_last(load)
+    assert ("copy best.pt to last.pt" in str(caught.value)) == best
+
+
+def test_a_run_goes_on_with_other_freqs_but_no_other_schedule(tmp_path):
+    folder = a_folder(tmp_path)
+    same_run = {"lr": 0.1, "max_steps": 12, "print_freq": 5}
+    folder.check_same(same_run, "ids")
+    folder.check_same(same_run | {"val_freq": 3, "checkpoint_freq": 7}, "ids")
+    with pytest.raises(ValueError, match=r"max_steps was 12 and is 24 \(the schedule of the learning rate"):
+        folder.check_same(same_run | {"max_steps": 24}, "ids")
+    with pytest.raises(ValueError, match=r"lr was 0\.1 and is 0\.2; give") as caught:
+        folder.check_same(same_run | {"lr": 0.2}, "ids")
+    assert "print_freq" not in str(caught.value)
+
+
+def test_the_bar_shows_what_is_known(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "200")
+    with TrainingProgress(10, 2) as progress:
+        task = progress._bar.tasks[0]
+        assert (task.completed, task.fields["figures"]) == (2, "loss –  – tokens/s")
+        progress.advance(3)
+        assert (task.completed, task.fields["figures"]) == (3, "loss –  – tokens/s")
+        progress.update(4, 2.5, 1234.0)
+        assert (task.completed, task.fields["figures"]) == (4, "loss 2.5000  1,234 tokens/s")
+        progress.update(5, 2.25, 1234.0, 3.5)
+        progress.update(6, 2.0, 1234.0)
+        assert task.fields["figures"] == "loss 2.0000  validation 3.5000  1,234 tokens/s"
+    assert "nan" not in sys.stderr.getvalue()
+    assert "validation 3.5000" in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_plain_lines_where_there_is_no_terminal(quiet, capsys):
+    with TrainingProgress(10, 0, quiet) as progress:
+        progress.advance(1)
+        progress.update(2, 2.5, 1234.0, 3.5)
+        progress.update(4, 2.25, 1234.0)
+    lines = capsys.readouterr().err.splitlines()
+    if quiet:
+        assert lines == []
+    else:
+        assert lines[0].startswith("step 2/10  loss 2.5000  validation 3.5000  1,234 tokens/s  left 0:")
+        assert lines[1].startswith("step 4/10  loss 2.2500  1,234 tokens/s  left 0:")
+        assert len(lines) == 2

@@ -11,9 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
-import omni_jax.losses  # noqa: E402
-import omni_torch.losses  # noqa: E402
+import omni_jax.training  # noqa: E402
 import omni_torch.optim  # noqa: E402
+import omni_torch.training  # noqa: E402
 from parity.checks import Scope, accumulation, dropout  # noqa: E402
 from parity.precision import unit_roundoff  # noqa: E402
 from parity.result import CheckResult  # noqa: E402
@@ -54,17 +54,24 @@ def test_every_gradient_is_compared_accumulated_and_clipped(result, precision):
     names = {regime: {row.name for row in rows if row.regime == regime} for regime in {row.regime for row in rows}}
     plain = {"loss", *(f"gradient {key}" for key in keys)}
     assert names["one big batch"] == plain
-    assert names["micro-batches"] == plain | {"gradient norm", *(f"clipped gradient {key}" for key in keys)}
-    assert names["against its own big batch"] == {"loss and gradients (jax)", "loss and gradients (torch)"}
+    clipped = {"gradient norm", *(f"clipped gradient {key}" for key in keys)}
+    assert names["micro-batches"] == plain | clipped | {"counted tokens"}
+    both = {"loss and gradients (jax)", "loss and gradients (torch)"}
+    assert names["against its own big batch"] == names["no token counts"] == both
 
 
 def test_micro_batches_are_unequal_in_length_and_in_counted_tokens():
     config = dropout.small(accumulation.CONFIG, Scope()).config
-    tokens, targets, mask = dropout.batch(config, 0)
-    per_micro = [part.sum() for part in np.split(targets != 0, accumulation.MICRO)]
-    lengths = [part.sum(axis=1).max() for part in np.split(mask, accumulation.MICRO)]
-    assert per_micro == [10, 1, 8]
-    assert len(set(lengths)) > 1
+    rows = accumulation.micro_batches(config, 0)
+    targets = rows[..., 1:]
+    assert tuple((targets != 0).sum(axis=(1, 2))) == accumulation.MICRO == (10, 1, 0, 8)
+    widths = [accumulation._cut(torch.from_numpy(part)).shape[1] for part in rows]
+    assert widths == [8, 3, 2, 8]
+    # The same tokens and targets as the big batch's, which is what the reference is made of.
+    tokens, big_targets, mask = dropout.batch(config, 0)
+    whole = np.delete(rows, 2, axis=0).reshape(len(tokens), -1)
+    assert np.array_equal(whole[:, :-1], tokens)
+    assert np.array_equal(whole[:, 1:], big_targets)
     assert (tokens[~mask] == 0).all()
 
 
@@ -112,7 +119,7 @@ def test_padding_that_counts_is_seen(monkeypatch, fresh):
         )
         return total / targets.numel()
 
-    monkeypatch.setattr(omni_torch.losses, "cross_entropy", counted_all)
+    monkeypatch.setattr(omni_torch.training, "cross_entropy", counted_all)
     found = differing()
     assert "loss" in found["micro-batches"]
     assert "gradient lm_head.weight" in found["micro-batches"]
@@ -126,7 +133,8 @@ def test_clipping_of_each_tensor_by_itself_is_seen(monkeypatch, fresh):
         return torch.stack([clean([g], max_norm) for g in grads]).square().sum().sqrt()
 
     monkeypatch.setattr(omni_torch.optim, "clip_grad_norm_", each)
-    (regime,) = found = differing()
+    found = differing()
+    (regime,) = found
     assert regime == "micro-batches"
     assert all(name.startswith("clipped gradient ") for name in found[regime])
     assert "clipped gradient lm_head.weight" in found[regime]
@@ -142,33 +150,103 @@ def test_clipping_that_does_nothing_is_seen(monkeypatch, fresh):
 
 def test_a_loss_of_sums_is_seen_on_the_jax_side(monkeypatch, fresh):
     """nats · count where nats are already a sum: right for the big batch's direction, wrong in scale and in shares."""
-    clean = omni_jax.losses.cross_entropy
+    clean = omni_jax.training.cross_entropy
 
     def summed(logits, targets, ignore_index=0):
         count = jax.numpy.sum(targets != 0, dtype=jax.numpy.int32)
         return clean(logits, targets) * jax.numpy.maximum(count, 1).astype(logits.dtype)
 
-    monkeypatch.setattr(omni_jax.losses, "cross_entropy", summed)
-    # The big batch's pair was made before, and keeps the right loss; what is compiled below has the wrong one.
+    monkeypatch.setattr(omni_jax.training, "cross_entropy", summed)
     found = differing()
     assert {"loss", "gradient lm_head.weight"} <= found["micro-batches"]
     assert "loss and gradients (jax)" in found["against its own big batch"]
 
 
-def test_means_of_means_are_seen(monkeypatch, fresh):
-    clean = accumulation.torch_accumulated
+def torch_unweighted(nats_of, params, batches):
+    """The mean of the micro-batches' means: each divided by its own count."""
+    parts = [CLEAN_TORCH(nats_of, params, [batch]) for batch in batches]
+    mean = {k: torch.stack([part[1][k] for part in parts]).mean(dim=0) for k in params}
+    return torch.stack([part[0] for part in parts]).mean(), mean, torch.stack([part[2] for part in parts]).sum()
 
-    def means(net, tokens, targets, mask):
-        parts = [clean(net, *(x[i : i + 1] for x in (tokens, targets, mask))) for i in range(len(tokens))]
-        grads = {k: torch.stack([part[1][k] for part in parts]).mean(dim=0) for k in parts[0][1]}
-        clipped = {k: g.clone() for k, g in grads.items()}
-        norm = omni_torch.optim.clip_grad_norm_(list(clipped.values()), accumulation.MAX_NORM)
-        return sum(part[0] for part in parts) / len(parts), grads, norm, clipped
 
-    monkeypatch.setattr(accumulation, "torch_accumulated", means)
+def jax_unweighted(nats_of, params, batches):
+    """The same by giving every micro-batch the same say, with the count of tokens as it was."""
+
+    def mean_of(params, batch):
+        nats, count = nats_of(params, batch)
+        return nats / jax.numpy.maximum(count, 1).astype(nats.dtype), jax.numpy.ones((), jax.numpy.int32)
+
+    loss, gradients, _ = CLEAN_JAX(mean_of, params, batches)
+    return loss, gradients, CLEAN_JAX(nats_of, params, batches)[2]
+
+
+def jax_last_dropped(nats_of, params, batches):
+    return CLEAN_JAX(nats_of, params, jax.tree.map(lambda x: x[:-1], batches))
+
+
+def torch_last_dropped(nats_of, params, batches):
+    return CLEAN_TORCH(nats_of, params, list(batches)[:-1])
+
+
+CLEAN_TORCH, CLEAN_JAX = omni_torch.training.accumulated_gradients, omni_jax.training.accumulated_gradients
+UNWEIGHTED = {"torch": (omni_torch.training, torch_unweighted), "jax": (omni_jax.training, jax_unweighted)}
+DROPPED = {"torch": (omni_torch.training, torch_last_dropped), "jax": (omni_jax.training, jax_last_dropped)}
+
+
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_accumulation_without_token_weighting_is_seen(monkeypatch, fresh, side):
+    monkeypatch.setattr(UNWEIGHTED[side][0], "accumulated_gradients", UNWEIGHTED[side][1])
     found = differing()
     assert {"loss", "gradient norm", "gradient lm_head.weight"} <= found["micro-batches"]
-    assert found["against its own big batch"] == {"loss and gradients (torch)"}
+    assert "counted tokens" not in found["micro-batches"]
+    assert found["against its own big batch"] == {f"loss and gradients ({side})"}
+
+
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_a_micro_batch_left_out_is_seen(monkeypatch, fresh, side):
+    monkeypatch.setattr(DROPPED[side][0], "accumulated_gradients", DROPPED[side][1])
+    found = differing()
+    assert {"counted tokens", "loss", "gradient lm_head.weight"} <= found["micro-batches"]
+
+
+def torch_nats(model, params, tokens_BT, amp):
+    """No max(count, 1): 0 / 0 where nothing counts, as torch's own mean gives it."""
+    logits = torch.func.functional_call(model, dict(params), (tokens_BT[:, :-1].long(),))
+    targets = tokens_BT[:, 1:].long()
+    count = (targets != 0).sum()
+    V = logits.shape[-1]
+    return torch.nn.functional.cross_entropy(logits.reshape(-1, V), targets.reshape(-1), ignore_index=0) * count, count
+
+
+def jax_nats(graphdef, params, rest, tokens_BT, amp):
+    nats, count = CLEAN_NATS(graphdef, params, rest, tokens_BT, amp)
+    number = count.astype(nats.dtype)
+    return nats / number * number, count
+
+
+CLEAN_NATS = omni_jax.training._nats
+NOT_A_NUMBER = {"torch": (omni_torch.training, torch_nats), "jax": (omni_jax.training, jax_nats)}
+
+
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_nan_from_a_micro_batch_of_padding_is_seen(monkeypatch, fresh, side):
+    monkeypatch.setattr(NOT_A_NUMBER[side][0], "_nats", NOT_A_NUMBER[side][1])
+    found = differing()
+    assert "loss" in found["micro-batches"]  # cross_entropy keeps what is ignored out of the gradients
+    assert f"loss and gradients ({side})" in found["no token counts"]
+    assert f"loss and gradients ({side})" in found["against its own big batch"]
+
+
+def test_a_division_by_no_tokens_is_seen(monkeypatch, fresh):
+    """Right for every update but the one without a counted token."""
+
+    def divided(nats_of, params, batches):
+        loss, gradients, tokens = CLEAN_TORCH(nats_of, params, batches)
+        factor = tokens.clamp(min=1) / tokens if tokens == 0 else torch.ones(())
+        return loss * factor, {k: g * factor for k, g in gradients.items()}, tokens
+
+    monkeypatch.setattr(omni_torch.training, "accumulated_gradients", divided)
+    assert differing() == {"no token counts": {"loss and gradients (torch)"}}
 
 
 # --- the trainers ----------------------------------------------------------------------------------------------------
@@ -189,9 +267,8 @@ def test_the_trainers_first_moment_is_that_of_the_clipped_accumulated_gradient(t
     trainer = package.Trainer(
         package.ThinkerConfig(**fields), package.TrainConfig(**settings), ids, ids[:0], tmp_path / side, quiet=True
     )
-    tokens = trainer._batch()
-    micro = (tokens[..., :-1], tokens[..., 1:].astype(np.int32), np.ones(tokens[..., 1:].shape, bool))
-    counts = (micro[1] != 0).sum(axis=(1, 2))
+    rows = trainer._batch()
+    counts = (rows[..., 1:] != 0).sum(axis=(1, 2))
     assert len(set(counts)) == 3
 
     judge = accumulation._judge(Scope(draws=16), small.config)
@@ -206,7 +283,7 @@ def test_the_trainers_first_moment_is_that_of_the_clipped_accumulated_gradient(t
         moments = {k: s.m.numpy() for k, s in zip(weights, trainer.run(until=1).optimizer)}
     assert set(moments) == {link.torch for link in links}
 
-    model = judge.noise(weights, micro, "float32")
+    model = judge.noise(weights, (rows,), "float32")
     reference, noise, _ = judge._named(model)
     assert reference["gradient norm"] > accumulation.MAX_NORM
     for key, m in moments.items():

@@ -62,7 +62,46 @@ def test_only_the_precisions_asked_for() -> None:
     found = data.run(Scope(precisions=("bfloat16",), controls=False), lambda *_: None)
     assert {row.precision for row in found.rows} == {"exact", "draws"}
     assert "none of them was asked for" in found.notes[0]
+    assert all(name in found.notes[0] for name in data.LOSSES)
     assert found.controls == []
+    assert len(found.notes) == 1
+
+
+def test_without_a_loss_its_control_is_named() -> None:
+    found = data.run(Scope(precisions=("bfloat16",)), lambda *_: None)
+    assert "none of them was asked for" in found.notes[0]
+    assert len(found.notes) == 1
+    assert all(name in found.notes[0] for name in (*data.LOSSES, "padding counted"))
+    assert {shown.name for shown in found.controls} == set(data.CONTROLS) - {"padding counted"}
+    assert all(shown.rejected for shown in found.controls)
+    assert found.verdict is Verdict.AGREE
+
+
+def test_the_last_start_exists() -> None:
+    """A row tells where it begins, and in one stream the last document begins exactly at len − length."""
+    ids, length = data.STREAMS["last document just fills a row"]
+    assert ids[len(ids) - length] == data.BOS
+    assert data.BOS not in ids[len(ids) - length + 1 :]
+    for ids, length in data.STREAMS.values():
+        rows = [tuple(ids[s : s + length]) for s in range(len(ids) - length + 1)]
+        assert len(set(rows)) == len(rows)
+    truth = data.expected(data.seen("jax"))
+    assert truth["token_batch: starts, last document just fills a row"].tolist()[-1] == len(data.STREAM) - 7
+    assert truth["token_batch: starts, last document too short"].tolist()[-1] < len(data.STREAM) - 11
+
+
+@pytest.mark.parametrize("seed", [1, 5, 2**40, 2**64 - 1])
+def test_other_seeds(seed) -> None:
+    """They give other bytes, which agree as well; the caller's generator is where it was."""
+    state = torch.random.get_rng_state()
+    found = {side: data.seen(side, seed) for side in TWINS}
+    rows = data.exact_rows(found["jax"], found["torch"], data.expected(found["jax"], seed))
+    assert [row for row in rows if row.verdict is not Verdict.AGREE] == []
+    assert torch.equal(torch.random.get_rng_state(), state)
+    usual = data.seen("torch")
+    changed = {name for name, x in found["torch"].items() if x.shape != usual[name].shape or np.any(x != usual[name])}
+    kinds = ("epoch_order: bytes", "make_dataloader: items, shuffled", "make_dataloader: items of crops")
+    assert {*kinds, *(f"token_batch: bytes, {name}" for name in data.STREAMS if name != "one place")} <= changed
 
 
 def test_importing_the_check_imports_no_framework() -> None:
@@ -81,10 +120,15 @@ def patched(name: str, change: Callable[[Any], Callable[..., Any]]) -> Callable[
 
 def item(change: Callable[[Any, Any], Any], dataset: str) -> Callable[[Patch, Any], None]:
     """A bug in a dataset's items."""
+    return access(lambda self, idx, clean: change(self, clean(self, idx)), dataset)
+
+
+def access(change: Callable[[Any, Any, Callable[..., Any]], Any], dataset: str) -> Callable[[Patch, Any], None]:
+    """A bug in what a dataset gives for an index: change(dataset, index, clean access)."""
 
     def inject(patch: Patch, twin: Any) -> None:
         clean = getattr(twin, dataset).__getitem__
-        patch.setattr(getattr(twin, dataset), "__getitem__", lambda self, idx: change(self, clean(self, idx)))
+        patch.setattr(getattr(twin, dataset), "__getitem__", lambda self, idx: change(self, idx, clean))
 
     return inject
 
@@ -108,7 +152,15 @@ def one_late(batch: Any) -> Any:
     return mask
 
 
+def of_the_first_row(self: Any, idx: int, clean: Callable[..., Any]) -> Any:
+    """The right start, but the tokens of row 0."""
+    start = int(clean(self, idx)[0]) - int(self.tokens[idx, 0])
+    return self.tokens[0, start : start + self.crop_len]
+
+
+LAST, CROPS = "last document just fills a row", "RandomCropSequenceDataset: whole crops"
 PADDING = ("pad_1d_sequences: padding_mask", "collate_next_token_batch: padding_mask")
+ORDERS = ("shuffled", "in order")
 BUGS: dict[str, tuple[Callable[[Patch, Any], None], tuple[str, ...]]] = {
     "mask inverted": (mask_of(lambda b: ~b.padding_mask), PADDING),
     "mask from values": (mask_of(lambda b: b.tokens == 0), PADDING),
@@ -120,27 +172,27 @@ BUGS: dict[str, tuple[Callable[[Patch, Any], None], tuple[str, ...]]] = {
     ),
     "next step": (
         patched("token_batch", lambda clean: lambda ids, b, n, seed, step: clean(ids, b, n, seed, step + 1)),
-        ("token_batch: bytes",),
+        (f"token_batch: bytes, {LAST}",),
     ),
     "seed ignored": (
         patched("token_batch", lambda clean: lambda ids, b, n, seed, step: clean(ids, b, n, 0, step)),
-        ("token_batch: bytes",),
+        (f"token_batch: bytes, {LAST}",),
     ),
     "step in 32 bits": (
         patched("token_batch", lambda clean: lambda ids, b, n, seed, step: clean(ids, b, n, seed, step % 2**32)),
-        ("token_batch: bytes",),
+        (f"token_batch: bytes, {LAST}",),
     ),
     "batches of int64": (
         patched("token_batch", lambda clean: lambda *a: clean(*a).astype(np.int64)),
-        ("token_batch: bytes",),
+        (f"token_batch: bytes, {LAST}",),
     ),
     "rows off by one": (
         patched("token_batch", lambda clean: lambda ids, *a: np.roll(clean(np.roll(ids, 1), *a), 1)),
-        ("token_batch: rows that begin a document",),
+        (f"token_batch: starts, {LAST}", "token_batch: starts, no BOS"),
     ),
     "one order for all epochs": (
         patched("epoch_order", lambda clean: lambda n, seed, epoch: clean(n, seed, 0)),
-        ("epoch_order: bytes", "make_dataloader: input_ids, epoch 1"),
+        ("epoch_order: bytes", "epoch_order: the orders differ", "make_dataloader: items, shuffled"),
     ),
     "an item twice": (
         patched("epoch_order", lambda clean: lambda *a: np.maximum(clean(*a), 1)),
@@ -149,6 +201,51 @@ BUGS: dict[str, tuple[Callable[[Patch, Any], None], tuple[str, ...]]] = {
     "no EOS": (
         patched("token_stream", lambda clean: lambda docs, bos, eos: clean(docs, bos, eos)[:-1]),
         ("token_stream",),
+    ),
+    "last start left out": (
+        patched("token_batch", lambda clean: lambda ids, *a: clean(ids[:-1], *a)),
+        (f"token_batch: starts, {LAST}", f"token_batch: bytes, {LAST}", "token_batch: starts, no BOS"),
+    ),
+    "zeros without BOS": (
+        patched("token_batch", lambda clean: lambda ids, *a: clean(ids, *a) * np.int32(data.BOS in ids)),
+        ("token_batch: starts, no BOS", "token_batch: bytes, no BOS", "token_batch: starts, one place"),
+    ),
+    "zeros without BOS in time": (
+        patched(
+            "token_batch", lambda clean: lambda ids, b, n, *a: clean(ids, b, n, *a) * np.int32(data.BOS in ids[:-n])
+        ),
+        ("token_batch: starts, BOS too late",),
+    ),
+    "crop of one token": (
+        access(lambda self, i, clean: clean(self, i)[:1], "RandomCropSequenceDataset"),
+        (CROPS, "make_dataloader: items of crops"),
+    ),
+    "crop of row 0": (
+        access(of_the_first_row, "RandomCropSequenceDataset"),
+        (CROPS, "make_dataloader: items of crops"),
+    ),
+    "item of row 0": (
+        access(lambda self, i, clean: clean(self, 0), "NextTokenDataset"),
+        ("NextTokenDataset: input_ids", "NextTokenDataset: target_ids", "make_dataloader: items, in order"),
+    ),
+    "pair of row 0": (
+        access(lambda self, i, clean: (clean(self, i)[0], clean(self, 0)[1]), "TensorPairDataset"),
+        ("TensorPairDataset: y", "make_dataloader: y of pairs"),
+    ),
+    "drop_last ignored": (
+        patched(
+            "make_dataloader",
+            lambda clean: lambda ds, n, shuffle=True, drop_last=False, **k: clean(ds, n, shuffle, **k),
+        ),
+        tuple(f"make_dataloader: shapes, {order}, drop_last{end}" for order in ORDERS for end in ("", ", no seed")),
+    ),
+    "shuffle ignored": (
+        patched("make_dataloader", lambda clean: lambda ds, n, shuffle=True, *a, **k: clean(ds, n, True, *a, **k)),
+        ("make_dataloader: items, in order", "make_dataloader: items, in order, drop_last, no seed"),
+    ),
+    "never shuffled": (
+        patched("make_dataloader", lambda clean: lambda ds, n, shuffle=True, *a, **k: clean(ds, n, False, *a, **k)),
+        ("make_dataloader: items, shuffled", "make_dataloader: items, shuffled, no seed"),
     ),
 }
 
@@ -167,29 +264,92 @@ def test_a_bug_in_the_bytes_is_named(monkeypatch, bug, side) -> None:
     assert all(evidence.startswith(f"{side}: ") for evidence in wrong.values())
 
 
+SAME_IN_BOTH = {
+    "last start left out",
+    "rows off by one",
+    "zeros without BOS",
+    "crop of one token",
+    "crop of row 0",
+    "item of row 0",
+    "drop_last ignored",
+    "one order for all epochs",
+    "seed ignored",
+    "step ignored",
+}
+"""Bugs that leave the twins equal."""
+PROPERTIES = {
+    "one order for all epochs": "epoch_order: the orders differ",
+    "seed ignored": "token_batch: the batches differ",
+    "step ignored": "token_batch: the batches differ",
+}
+"""Where the bytes are equal, and wrong, something else must tell."""
+
+
+@pytest.mark.parametrize("bug", sorted(SAME_IN_BOTH))
+def test_a_bug_in_both_twins_is_named(monkeypatch, bug) -> None:
+    still = patched("token_batch", lambda clean: lambda ids, b, n, seed, step: clean(ids, b, n, seed, 0))
+    inject, names = BUGS.get(bug, (still, ()))
+    for twin in TWINS.values():
+        inject(monkeypatch, twin)
+    found = {side: data.seen(side, 3) for side in TWINS}
+    rows = data.exact_rows(found["jax"], found["torch"], data.expected(found["jax"], 3))
+    wrong = {row.name: row.evidence for row in rows if row.verdict is Verdict.DIFFER}
+    told = PROPERTIES.get(bug, names[0] if names else "")
+    assert all(f"{side}: " in wrong[told] for side in TWINS)
+
+
+@pytest.mark.parametrize("sides", [("jax",), ("torch",), ("jax", "torch")], ids="+".join)
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "last start left out",
+        "crop of one token",
+        "crop of row 0",
+        "item of row 0",
+        "zeros without BOS",
+        "drop_last ignored",
+    ],
+)
+def test_the_run_says_differ(monkeypatch, bug, sides) -> None:
+    for side in sides:
+        BUGS[bug][0](monkeypatch, TWINS[side])
+    found = data.run(Scope(precisions=("bfloat16",), controls=False), lambda *_: None)
+    assert found.verdict is Verdict.DIFFER
+    assert found.exit_code == 1
+
+
 def starts_bug(kind: str) -> Callable[[Patch, Any], None]:
-    def change(self: Any, crop: Any) -> Any:
-        start = int(crop[0])
+    def change(self: Any, idx: int, clean: Callable[..., Any]) -> Any:
+        start = int(clean(self, idx)[0]) - int(self.tokens[idx, 0])
         if kind == "last start never":
             start %= data.STARTS - 1
         elif kind == "early starts oftener":
             start = min(start, start * 7 % data.STARTS)
         elif kind == "one start for all":
             start = 3
-        row = self.tokens[0]
-        return row[start : start + self.crop_len]
+        elif kind == "of row 0":
+            idx = 0
+        elif kind == "one short":
+            return self.tokens[idx, start : start + self.crop_len - 1]
+        elif kind == "first token repeated":
+            return self.tokens[idx, [start] * self.crop_len]
+        return self.tokens[idx, start : start + self.crop_len]
 
-    return item(change, "RandomCropSequenceDataset")
+    return access(change, "RandomCropSequenceDataset")
+
+
+CONTENT = ["of row 0", "one short", "first token repeated"]
 
 
 @pytest.mark.parametrize("side", TWINS)
-@pytest.mark.parametrize("kind", ["last start never", "early starts oftener", "one start for all"])
+@pytest.mark.parametrize("kind", ["last start never", "early starts oftener", "one start for all", *CONTENT])
 def test_unfair_crops_are_named(monkeypatch, kind, side) -> None:
     starts_bug(kind)(monkeypatch, TWINS[side])
     starts = {(s, mode): x for s in TWINS for mode, x in data.crop_starts(s, 0).items()}
-    wrong = {row.name for row in data._crop_rows(starts) if row.verdict is Verdict.DIFFER}
+    wrong = {row.name: row.evidence for row in data._crop_rows(starts) if row.verdict is Verdict.DIFFER}
     modes = ("by access", "by epoch", "by item")
-    assert wrong == {f"RandomCropSequenceDataset: starts {mode} ({side})" for mode in modes}
+    assert all(("no whole piece" in evidence) == (kind in CONTENT) for evidence in wrong.values())
+    assert set(wrong) == {f"RandomCropSequenceDataset: starts {mode} ({side})" for mode in modes}
 
 
 def test_a_repeating_generator_is_named(monkeypatch) -> None:

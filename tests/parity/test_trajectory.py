@@ -66,9 +66,10 @@ def test_every_tensor_is_judged_at_every_step(clean: CheckResult) -> None:
 
 def test_the_distances_are_those_of_two_implementations(clean: CheckResult) -> None:
     """Neither zero, as when something is compared with itself, nor near the edge."""
-    free = [row for row in clean.rows if row.regime.startswith("free")]
-    assert {row.name for row in free} == {"parameters of a free run", "loss of a free run"}
-    for row in free:
+    free = {row.name: row for row in clean.rows if row.regime.startswith("free")}
+    twice = {f"one start twice: {side}" for side in ("JAX", "torch")}
+    assert set(free) == {"parameters of a free run", "loss of a free run"} | twice
+    for row in (free[name] for name in set(free) - twice):
         assert row.excess is not None
         assert 0.1 < row.excess < 0.9
         assert f"all {trajectory.FREE_STEPS} steps" in row.evidence
@@ -213,6 +214,107 @@ def test_a_side_that_crashes_is_no_answer_and_a_nan_is_a_difference(monkeypatch:
     assert [row.verdict for row in result.rows if row.name.startswith("loss")] == [Verdict.DIFFER]
 
 
+# --- bugs that begin late, in free runs only --------------------------------------------------------------------------
+
+
+def free_with(patch: Patch, late: Callable[[Patch, Callable[[], bool]], None]) -> CheckResult:
+    """Free runs with a bug in torch that begins after 12 updates of a run."""
+    updates = [0]
+    step, fresh = omni_torch.optim.adamw_step_many_, omni_torch.optim.init_adamw_state
+
+    def counted(*args, **rest):
+        states = step(*args, **rest)
+        updates[0] = states[0].t
+        return states
+
+    def begun(p):
+        updates[0] = 0
+        return fresh(p)
+
+    patch.setattr(omni_torch.optim, "adamw_step_many_", counted)
+    patch.setattr(omni_torch.optim, "init_adamw_state", begun)
+    late(patch, lambda: updates[0] > 12)
+    result = CheckResult("trajectory")
+    trajectory.free_runs(Scope(controls=False), Training(), result, silent)
+    return result
+
+
+def noisy_gradients(patch: Patch, late: Callable[[], bool]) -> None:
+    clip = omni_torch.optim.clip_grad_norm_
+
+    def noisy(grads, max_norm):
+        if late():
+            for g in grads:
+                g.mul_(1 + 1e-2 * torch.randn_like(g))
+        return clip(grads, max_norm)
+
+    patch.setattr(omni_torch.optim, "clip_grad_norm_", noisy)
+
+
+def dropped_logits(patch: Patch, late: Callable[[], bool]) -> None:
+    loss = omni_torch.losses.cross_entropy
+    drop = torch.nn.functional.dropout
+    patch.setattr(omni_torch.losses, "cross_entropy", lambda x, y: loss(drop(x, 0.1) if late() else x, y))
+
+
+def nan_loss(patch: Patch, late: Callable[[], bool]) -> None:
+    loss = omni_torch.losses.cross_entropy
+    patch.setattr(omni_torch.losses, "cross_entropy", lambda x, y: loss(x, y) * (math.nan if late() else 1.0))
+
+
+@pytest.mark.parametrize("late", [noisy_gradients, dropped_logits])
+def test_noise_that_begins_late_does_not_excuse_itself(late, monkeypatch: Patch) -> None:
+    torch.manual_seed(0)
+    rows = {row.name: row for row in free_with(monkeypatch, late).rows}
+    assert rows["parameters of a free run"].verdict is Verdict.DIFFER
+    assert "left the envelope at step 13" in rows["parameters of a free run"].evidence
+    assert rows["one start twice: torch"].verdict is Verdict.UNSTABLE
+    assert "torch runs from one start part at step 13" in rows["one start twice: torch"].evidence
+    assert rows["one start twice: JAX"].verdict is Verdict.AGREE
+
+
+def test_gradients_that_torch_refuses_are_a_difference(monkeypatch: Patch) -> None:
+    result = free_with(monkeypatch, nan_loss)
+    assert result.exit_code == 1
+    for row in (row for row in result.rows if "of a free run" in row.name):
+        assert row.verdict is Verdict.DIFFER
+        assert "torch is NaN or infinite from step 13 on, where JAX is finite" in row.evidence
+        assert "refused the gradients: grads[0] holds NaN" in row.evidence
+
+
+def test_nan_on_both_sides_is_no_answer_but_what_was_before_is_kept(monkeypatch: Patch) -> None:
+    training = Training()
+    ours, theirs = training.jax_runs, training.torch_run
+
+    def lose(run: Run) -> Run:
+        losses = run.losses_N.copy()
+        losses[2:] = math.nan
+        return replace(run, losses_N=losses)
+
+    monkeypatch.setattr(training, "jax_runs", lambda *args: [lose(run) for run in ours(*args)])
+    monkeypatch.setattr(training, "torch_run", lambda *args, **rest: lose(theirs(*args, **rest)))
+    result = CheckResult("x")
+    with pytest.raises(CannotLook, match="both free runs became NaN or infinite at step 2"):
+        trajectory.free_runs(Scope(controls=False), training, result, silent, 4)
+    assert {row.verdict for row in result.rows} == {Verdict.AGREE}
+    assert any("all 2 steps" in row.evidence for row in result.rows)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_twins_that_part_without_an_envelope_are_told(ahead: int, monkeypatch: Patch) -> None:
+    """Perturbed runs that are the run itself: nothing is measured, and the verdict is not lost."""
+    monkeypatch.setattr("parity.checks._training.perturbed", lambda weights, *_: weights)
+    training = Training()
+    clean = training.torch_run
+    monkeypatch.setattr(training, "torch_run", lambda *args: clean(*args, ahead=ahead))
+    result = CheckResult("x")
+    trajectory.free_runs(Scope(controls=False), training, result, silent, 4)
+    row = next(row for row in result.rows if row.name == "parameters of a free run")
+    assert row.verdict is (Verdict.DIFFER if ahead else Verdict.UNDETERMINED)
+    assert f"no envelope at step {1 - ahead}, for neither" in row.evidence
+    assert ("roundings per update explain" in row.evidence) is bool(ahead)
+
+
 def test_the_scope_is_told() -> None:
     alone = trajectory.run(Scope(precisions=("bfloat16",)), silent)
     assert alone.verdict is None
@@ -221,6 +323,9 @@ def test_the_scope_is_told() -> None:
     assert wide.verdict is Verdict.AGREE
     assert {row.precision for row in wide.rows} == {"float64"}
     assert any("free runs" in note for note in wide.notes)
+    narrow = trajectory.run(Scope(precisions=("float32",)), silent)
+    assert narrow.verdict is Verdict.AGREE
+    assert any('"eps 1e-6"' in note for note in narrow.notes)
 
 
 # --- updates whose sign is noise -------------------------------------------------------------------------------------
@@ -306,14 +411,34 @@ def test_the_distance_is_that_of_displacements() -> None:
     assert trajectory.distance(run_of(further), run_of(places)).tolist() == [0.0, 1 / 5]
 
 
+def test_the_quieter_framework_makes_the_edge() -> None:
+    rng = np.random.default_rng(2)
+    middle = np.cumsum(rng.standard_normal((5, 64)), axis=0)
+
+    def runs(noise: float) -> list[Run]:
+        sizes = noise * np.exp(rng.standard_normal((9, 1, 1)) / 4)
+        near = [run_of(middle + s * rng.standard_normal((5, 64)), np.ones(4) + s[0]) for s in sizes]
+        return [run_of(middle, np.ones(4)), *near]
+
+    calm, wild, level = runs(1e-6), runs(1.0), 1e-6
+    own = trajectory.envelope(calm, calm, level, 2.0**-24)
+    for one, other in ((calm, wild), (wild, calm)):
+        made = trajectory.envelope(one, other, level, 2.0**-24)
+        assert np.all(made.distance_edge > made.distance_typical)
+        assert np.all(made.distance_typical <= own.distance_typical)
+        assert np.all(made.distance_edge < trajectory.distance(wild[1], calm[0]))
+        assert np.all(made.loss_edge < np.abs(wild[1].losses_N - 1))
+
+
 def test_runs_that_do_not_part_make_no_envelope() -> None:
     rng = np.random.default_rng(2)
     runs = [run_of(np.cumsum(rng.standard_normal((5, 4)), axis=0)) for _ in range(4)]
     made = trajectory.envelope(runs, runs, 1e-3, 2.0**-24)
     assert np.all(made.distance_edge > made.distance_typical)
     assert np.all(made.loss_edge > made.loss_typical)
-    with pytest.raises(CannotLook, match="no envelope"):
-        trajectory.envelope([runs[0]] * 4, runs, 1e-3, 2.0**-24)
+    still = [runs[0]] * 4
+    assert np.isfinite(trajectory.envelope(still, runs, 1e-3, 2.0**-24).distance_edge).all()
+    assert np.isnan(trajectory.envelope(still, still, 1e-3, 2.0**-24).distance_edge).all()
 
 
 def test_perturbed_weights_are_neighbours() -> None:
@@ -343,6 +468,10 @@ def test_the_picture_is_svg_and_names_what_it_shows(clean: CheckResult) -> None:
     assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
     for words in ("omni_jax", "omni_torch", "envelope", "twins", "loss (nats)", "step"):
         assert words in text
+
+
+def test_two_pictures_of_the_same_curves_are_equal(clean: CheckResult) -> None:
+    assert picture.draw(clean.series) == picture.draw(clean.series)
 
 
 def test_the_picture_bears_zeros_and_what_is_not_finite(clean: CheckResult) -> None:

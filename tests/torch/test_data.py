@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from omni_torch.data import (
     NextTokenDataset,
@@ -219,7 +219,7 @@ def test_crops_that_are_none(crop_len, seed, words) -> None:
 # In a process of its own: JAX, which other tests load, does not like its process forked.
 WORKERS = """
 import json, torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 from omni_torch.data import RandomCropSequenceDataset, make_dataloader
 
 class Crops(RandomCropSequenceDataset):
@@ -243,10 +243,17 @@ def seeded(num_workers, start=0):
     loader.sampler.set_epoch(start)
     return [tell(loader) for _ in range(3 - start)]
 
+def parts(num_workers):
+    crops = Crops(tokens, 5, 3)
+    dataset = ConcatDataset([Subset(crops, [0, 2, 4]), Subset(Subset(crops, range(6)), [1, 5])])
+    loader = make_dataloader(dataset, 3, num_workers=num_workers, seed=11)
+    return [tell(loader) for _ in range(2)]
+
 if __name__ == "__main__":
     print(json.dumps({
         "plain": plain(1), "again": plain(1), "unseeded": plain(None),
         "seeded 2": seeded(2), "seeded 0": seeded(0), "seeded 3, resumed": seeded(3, 2),
+        "parts 2": parts(2), "parts 0": parts(0),
     }))
 """
 
@@ -272,6 +279,8 @@ def test_workers_repeat_what_their_seeds_say(workers) -> None:
 def test_a_seeded_loader_crops_alike_with_any_number_of_workers_and_when_resumed(workers) -> None:
     for key in ("starts", "items"):
         assert [e[key] for e in workers["seeded 2"]] == [e[key] for e in workers["seeded 0"]]
+        assert [e[key] for e in workers["parts 2"]] == [e[key] for e in workers["parts 0"]]
+        assert workers["parts 0"][0][key] != workers["parts 0"][1][key]
         assert workers["seeded 3, resumed"][0][key] == workers["seeded 0"][2][key]
 
 
@@ -311,11 +320,38 @@ def test_a_padded_batch_is_frozen() -> None:
         ([torch.tensor([[1]])], r"seqs\[0\] has shape \(1, 1\)"),
         ([torch.tensor(1)], r"seqs\[0\] has shape \(\)"),
         ([[1, 2]], r"seqs\[0\] is a list"),
+        (None, "seqs is a NoneType"),
+        ([torch.tensor([2**63], dtype=torch.uint64)], r"seqs\[0\] holds an integer above 2\*\*63 - 1"),
     ],
 )
 def test_sequences_that_are_none(seqs, words) -> None:
     with pytest.raises(ValueError, match=words):
         pad_1d_sequences(seqs)
+
+
+@pytest.mark.parametrize("pad_value", [2**70, -(2**70)])
+def test_a_pad_value_that_does_not_fit_is_refused(pad_value) -> None:
+    with pytest.raises(ValueError, match=f"pad_value={pad_value} is outside"):
+        pad_1d_sequences([torch.tensor([1])], pad_value)
+
+
+def test_large_unsigned_ids_are_taken() -> None:
+    ids = torch.tensor([2**63 - 1, 0], dtype=torch.uint64)
+    assert pad_1d_sequences([ids, ids[:1]]).tokens.tolist() == [[2**63 - 1, 0], [2**63 - 1, 0]]
+
+
+def test_no_list_of_pairs_is_no_batch() -> None:
+    with pytest.raises(ValueError, match="batch is a NoneType"):
+        collate_next_token_batch(None)  # type: ignore[arg-type]
+
+
+def test_lists_are_no_tensors() -> None:
+    with pytest.raises(ValueError, match="x is a list, must be a tensor"):
+        TensorPairDataset([1], [2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tokens is a list, must be a tensor"):
+        NextTokenDataset([[1, 2]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tokens is a list, must be a tensor"):
+        RandomCropSequenceDataset([[1, 2]], 1)  # type: ignore[arg-type]
 
 
 def test_a_pad_value_is_an_integer() -> None:
@@ -411,6 +447,38 @@ def test_a_seeded_loader_tells_the_epoch() -> None:
     assert epochs[0] != epochs[1]
     loader.sampler.set_epoch(1)  # type: ignore[attr-defined]
     assert [crop.tolist() for crop in loader] == epochs[1]
+
+
+def test_a_seeded_loader_leaves_the_callers_dataset_alone() -> None:
+    ours, plain = (RandomCropSequenceDataset(counting(6, 1000), 3, seed=1) for _ in range(2))
+    loader = make_dataloader(ours, 2, seed=0)
+    first = [crop.tolist() for crop in loader]
+    drawn = [ours[0].tolist() for _ in range(5)]
+    assert drawn == [plain[0].tolist() for _ in range(5)]
+    assert len({tuple(crop) for crop in drawn}) > 1
+    assert loader.dataset is ours
+    loader.sampler.set_epoch(0)  # type: ignore[attr-defined]
+    assert [crop.tolist() for crop in loader] == first
+
+
+def test_iterators_side_by_side_do_not_meet() -> None:
+    def loader():
+        return make_dataloader(RandomCropSequenceDataset(counting(6, 1000), 3, seed=1), 2, seed=0)
+
+    alone, both = loader(), loader()
+    want = [[crop.tolist() for crop in alone] for _ in range(2)]
+    one, two = iter(both), iter(both)  # both, before either is asked for a batch
+    got = [(a.tolist(), b.tolist()) for a, b in zip(one, two, strict=True)]
+    assert [[a for a, _ in got], [b for _, b in got]] == want
+    assert both.sampler.epoch == 2  # type: ignore[attr-defined]
+
+
+def test_parts_of_a_dataset_are_told_by_a_copy() -> None:
+    crops = RandomCropSequenceDataset(counting(6, 1000), 3, seed=1)
+    dataset = ConcatDataset([Subset(crops, [0, 2, 4]), Subset(Subset(crops, range(6)), [1, 5])])
+    epochs = [[crop.tolist() for crop in make_dataloader(dataset, 2, seed=0)] for _ in range(2)]
+    assert epochs[0] == epochs[1]
+    assert crops._epoch is None
 
 
 def test_collate_fn_is_used() -> None:

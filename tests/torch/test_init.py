@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from omni_torch.init import (
     bias_default_,
@@ -208,3 +209,69 @@ def test_bfloat16_draws_are_float32_draws_rounded():
         assert torch.equal(draw(torch.empty(64, 32, dtype=torch.bfloat16)), wide.bfloat16())
     with pytest.raises(ValueError, match="real floating dtype"):
         embedding_default_(torch.zeros(2, 2, dtype=torch.int32))
+
+
+def test_what_is_not_clear_is_refused_with_its_name():
+    weight = torch.zeros(3, 2)
+    for value in ([], None, 1):
+        with pytest.raises(ValueError, match="nonlinearity must be one of linear"):
+            kaiming_uniform_(weight, nonlinearity=value)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="scheme must be one of"):
+            init_linear_(nn.Linear(2, 3), value)  # type: ignore[arg-type]
+    for value in (None, "x", [1.0]):
+        with pytest.raises(ValueError, match="gain must be finite"):
+            xavier_uniform_(weight, gain=value)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="fan_in must be a number"):
+            bias_default_(weight[0], value)  # type: ignore[arg-type]
+    for initialise in (fan_in_fan_out, xavier_uniform_, kaiming_uniform_, linear_default_, embedding_default_):
+        with pytest.raises(ValueError, match=r"weight must be a torch\.Tensor, got list"):
+            initialise([1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight must be a torch\.Tensor, got list"):
+        bias_default_([1], 2)  # type: ignore[arg-type]
+    assert not weight.any()
+
+
+def pruned(layer):
+    with torch.no_grad():
+        mask = torch.ones_like(layer.weight)
+    return prune.custom_from_mask(layer, "weight", mask)
+
+
+def bias_parametrized(layer):
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("parametrize", "name"),
+    [
+        (nn.utils.parametrizations.weight_norm, "weight"),
+        (nn.utils.parametrizations.spectral_norm, "weight"),
+        (pruned, "weight"),
+        (bias_parametrized, "bias"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["xavier", "kaiming_relu", "zero"])
+def test_computed_weights_are_refused_before_anything_is_drawn(parametrize, name, scheme):
+    layer = parametrize(nn.Linear(3, 2))
+    kept = [p.clone() for p in layer.parameters()]
+    with pytest.raises(ValueError, match=rf"layer\.{name} must be a parameter, got one computed from others"):
+        init_linear_(layer, scheme)
+    with pytest.raises(ValueError, match="does not know how to draw"):
+        default_init_(layer)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), kept, strict=True))
+
+
+def test_lazy_layers_are_refused_until_they_have_a_shape():
+    layer = nn.LazyLinear(2)
+    with pytest.raises(ValueError, match=r"layer\.weight must have a shape, got an uninitialized parameter"):
+        init_linear_(layer)
+    first = nn.Linear(3, 3)
+    kept = first.weight.clone()
+    with pytest.raises(ValueError, match="weight of LazyLinear must have a shape"):
+        default_init_(nn.Sequential(first, layer))
+    assert torch.equal(first.weight, kept)
+    with pytest.raises(ValueError, match="weight must have a shape"):
+        fan_in_fan_out(layer.weight)
+    layer(torch.zeros(1, 3))
+    assert init_linear_(layer, "zero") is layer

@@ -159,6 +159,21 @@ def test_the_signatures_are_those_of_the_exercise():
         ({"lr": -1e-3}, "lr"),
         ({"lr": math.nan}, "lr"),
         ({"lr": math.inf}, "lr"),
+        ({"betas": ("a", "b")}, r"betas must be two numbers in \[0, 1\), got \('a', 'b'\)"),
+        ({"betas": "ab"}, "betas must be two numbers"),
+        ({"betas": None}, "betas must be two numbers"),
+        ({"betas": (0.9, None)}, "betas must be two numbers"),
+        ({"lr": None}, "lr must be a number, finite and ≥ 0, got None; pass for example lr=1e-3"),
+        ({"lr": "x"}, "lr must be a number, finite and ≥ 0, got 'x'"),
+        ({"lr": 1j}, "lr must be a number"),
+        ({"lr": [0.1]}, "lr must be a number"),
+        ({"lr": torch.tensor([0.1])}, r"lr must be a scalar, got shape \(1,\)"),
+        ({"lr": torch.tensor(-0.1)}, "lr must be finite"),
+        ({"lr": np.ones(3)}, r"lr must be a scalar, got shape \(3,\)"),
+        ({"eps": None}, "eps must be a number"),
+        ({"weight_decay": None}, "weight_decay must be a number"),
+        ({"weight_decay": torch.tensor([0.1])}, "weight_decay must be a scalar"),
+        ({"grad": torch.zeros(3, dtype=torch.float8_e4m3fn)}, "grad must have 16 bits or more"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"grad": torch.tensor([0.0, math.nan, 0.0])}, "grad holds NaN or Inf"),
@@ -188,6 +203,129 @@ def test_bad_arguments_change_nothing(change, message):
     assert torch.equal(state.m, kept[1])
     assert torch.equal(state.v, kept[2])
     assert state.t == kept[3]
+
+
+def expanded():
+    return torch.ones(1).expand(3)
+
+
+def inference():
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+def windows():
+    return torch.ones(4).as_strided((3, 2), (1, 1))
+
+
+@pytest.mark.parametrize("make", [expanded, inference, windows])
+@pytest.mark.parametrize("which", ["p", "m", "v"])
+def test_what_cannot_be_written_is_refused_before_anything_is(make, which):
+    tensors = {name: make() if name == which else torch.ones_like(make()).clone() for name in ("p", "m", "v")}
+    state = AdamWState(tensors["m"], tensors["v"], 0)
+    first, first_state = torch.ones(2), AdamWState(torch.zeros(2), torch.zeros(2), 0)
+    grad = torch.ones(tensors["p"].shape)
+    message = "inference tensor" if make is inference else "memory of its own for every element"
+    with pytest.raises(ValueError, match=message):
+        adamw_step_(tensors["p"], grad, state, 0.1)
+    with pytest.raises(ValueError, match=message):
+        adamw_step_many_([first, tensors["p"]], [torch.ones(2), grad], [first_state, state], 0.1)
+    assert all(bool((x == 1).all()) for x in (first, *tensors.values()))
+    assert not first_state.m.any()
+    assert state.t == first_state.t == 0
+
+
+def test_the_optimizer_refuses_what_cannot_be_written_too():
+    for make, message in ((expanded, "memory of its own"), (inference, "inference tensor")):
+        first, second = torch.nn.Parameter(torch.ones(2)), make()
+        first.grad = torch.ones(2)
+        optimizer = AdamW([first, second])
+        if make is expanded:
+            second.grad = torch.ones(3)
+        else:
+            with torch.inference_mode():
+                second.grad = torch.ones(3)
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert bool((first == 1).all())
+        assert not optimizer.state
+
+
+def test_inference_tensors_are_updated_in_inference_mode():
+    with torch.inference_mode():
+        p = torch.ones(2)
+        adamw_step_(p, torch.ones(2), init_adamw_state(p), 0.5, weight_decay=0.0)
+        assert p.tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_a_gradient_is_only_read_and_may_be_expanded_and_shared():
+    p, q, wide = torch.ones(3), torch.ones(3), torch.ones(3)
+    grad = torch.ones(1).expand(3)  # as autograd.grad gives for a sum
+    adamw_step_many_([p, q], [grad, grad], [init_adamw_state(p), init_adamw_state(q)], 0.1)
+    adamw_step_(wide, torch.ones(3), init_adamw_state(wide), 0.1)
+    assert torch.equal(p, wide)
+    assert torch.equal(q, wide)
+
+
+@pytest.mark.parametrize(
+    "fault", ["state twice", "m twice", "m is v", "view", "grad is m", "grad is p", "grad of one, p of another", "part"]
+)
+def test_shared_memory_is_refused_before_anything_is_changed(fault):
+    buffer = torch.ones(9)
+    params, grads = [buffer[:3], buffer[3:6]], [torch.ones(3), torch.ones(3)]
+    states = [init_adamw_state(p) for p in params]
+    if fault == "state twice":
+        states[1] = states[0]
+    elif fault == "m twice":
+        states[1].m = states[0].m
+    elif fault == "m is v":
+        states[1].v = states[1].m
+    elif fault == "view":
+        params[1] = params[0].view(3)
+    elif fault == "grad is m":
+        grads[1] = states[1].m
+    elif fault == "grad is p":
+        grads[1] = params[1]
+    elif fault == "grad of one, p of another":
+        grads[0] = params[1]
+    else:
+        params[1] = buffer[2:5]
+    message = "states.1. is the same state as states.0." if fault == "state twice" else "shares memory with"
+    with pytest.raises(ValueError, match=message):
+        adamw_step_many_(params, grads, states, lr=0.1)
+    if fault in ("m is v", "grad is m", "grad is p"):
+        with pytest.raises(ValueError, match="shares memory with"):
+            adamw_step_(params[1], grads[1], states[1], lr=0.1)
+    assert bool((buffer == 1).all())
+    assert all(s.t == 0 and not s.m.any() and not s.v.any() for s in states)
+
+
+def test_slices_of_flat_buffers_are_fine_in_any_order():
+    buffer, moments, want = torch.ones(12), torch.zeros(24), torch.ones(4)
+    params = [buffer[8:], buffer[:4], buffer[4:8].view(2, 2).t()]
+    states = [AdamWState(moments[8 * i : 8 * i + 4].view(p.shape), moments[8 * i + 4 : 8 * i + 8].view(p.shape), 0)
+              for i, p in enumerate(params)]  # fmt: skip
+    adamw_step_many_(params, [torch.ones(p.shape) for p in params], states, **HYPER)
+    adamw_step_(want, torch.ones(4), init_adamw_state(want), **HYPER)
+    assert torch.equal(buffer, want.repeat(3))
+
+
+def test_the_optimizer_refuses_parameters_that_share_memory():
+    flat = torch.ones(4)
+    first, second = torch.nn.Parameter(flat[:3]), torch.nn.Parameter(flat[1:])
+    first.grad = second.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="shares memory with"):
+        AdamW([first, second]).step()
+    assert bool((flat == 1).all())
+
+
+def test_something_else_than_a_state_is_refused():
+    p = torch.ones(3)
+    with pytest.raises(ValueError, match=r"state must be an AdamWState \(m, v, t\), got dict"):
+        adamw_step_(p, torch.ones(3), {}, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"states\[0\] must be an AdamWState"):
+        adamw_step_many_([p], [torch.ones(3)], [None], 0.1)  # type: ignore[list-item]
+    assert bool((p == 1).all())
 
 
 def test_state_of_an_integer_tensor_is_refused():
@@ -278,7 +416,7 @@ def test_clipping_below_the_limit_changes_no_bit():
 def test_clipping_shows_nan_and_refuses_bad_limits():
     grads = [torch.tensor([1.0, math.nan]), torch.ones(2)]
     assert math.isnan(clip_grad_norm_(grads, 1.0).item())
-    for limit in (0.0, -1.0, math.nan):
+    for limit in (0.0, -1.0, math.nan, None, "x"):
         with pytest.raises(ValueError, match="max_norm"):
             clip_grad_norm_([torch.ones(2)], limit)
 
@@ -488,6 +626,9 @@ def test_names_show_in_messages():
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"betas": 0.9}, "betas"),
         ({"eps": -1.0}, "eps"),
+        ({"lr": torch.tensor([0.1])}, "lr must be a scalar"),
+        ({"lr": None}, "lr must be a number"),
+        ({"betas": ("a", "b")}, "betas"),
         ({"weight_decay": math.nan}, "weight_decay"),
         ({"params": [torch.zeros(2, dtype=torch.int64)]}, "real floating dtype"),
         ({"params": [{"params": [torch.zeros(2)], "lr": -1.0}]}, "lr"),
@@ -555,6 +696,40 @@ def test_states_of_another_algorithm_are_refused(switch):
     with pytest.raises(ValueError, match="step, exp_avg and exp_avg_sq"):
         ours.load_state_dict(momentum.state_dict())
     assert ours.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("exp_avg", torch.zeros(2, 3), r"exp_avg'\] must have the shape of 2\.weight, \(2, 3\), got"),
+        ("exp_avg", torch.zeros(3), r"exp_avg'\] must have the shape"),
+        ("exp_avg_sq", torch.zeros(3, 2), r"exp_avg_sq'\] must have the shape"),
+        ("exp_avg", [0.0], "must be a torch.Tensor"),
+        ("exp_avg", torch.zeros(2, 3, dtype=torch.complex64), "real floating dtype"),
+        ("step", torch.tensor([1.0, 2.0]), r"step'\] must be an integer"),
+        ("step", torch.tensor(-1.0), r"step'\] must be an integer"),
+        ("step", 1.5, r"step'\] must be an integer"),
+    ],
+)
+def test_saved_states_that_do_not_fit_change_nothing(key, value, message):
+    model = small_model()
+    first = AdamW(model.named_parameters(), lr=0.5)
+    backward(model, 0)
+    first.step()
+    saved = copy.deepcopy(first.state_dict())
+    last = max(saved["state"])
+    if isinstance(value, torch.Tensor) and key == "exp_avg" and value.shape == (2, 3) and not value.is_complex():
+        value = value.t()
+    saved["state"][last][key] = value
+    second = AdamW(model.named_parameters(), lr=0.25)
+    with pytest.raises(ValueError, match=message):
+        second.load_state_dict(saved)
+    assert not second.state
+    assert second.param_groups[0]["lr"] == 0.25
+    saved = first.state_dict()
+    saved["param_groups"][0]["params"] = saved["param_groups"][0]["params"][:-1]
+    with pytest.raises(ValueError, match="size of optimizer's group"):
+        second.load_state_dict(saved)
 
 
 def test_schedulers_work_on_it():

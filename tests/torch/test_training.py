@@ -411,3 +411,16 @@ def test_mse_step_broadcasts_nothing(shape) -> None:
     assert torch.equal(model.weight, before)
     with pytest.raises(ValueError, match="not empty"):
         train_step_mse(model, (torch.ones(0, 3), torch.ones(0, 1)), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_an_mse_step_on_a_nan_batch_changes_no_parameter() -> None:
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(NumericalError, match="no parameter was updated"):
+        train_step_mse(model, (torch.full((2, 3), float("nan")), torch.zeros(2, 1)), optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert not optimizer.state
+    with torch.no_grad():  # whoever evaluates around it need not switch gradients on
+        train_step_mse(model, (torch.ones(2, 3), torch.zeros(2, 1)), optimizer)
+    assert not torch.equal(before[0], model.weight)
