@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular_file", "write_atomic"]
+__all__ = ["open_regular_file", "read_text", "write_atomic"]
 
 
 def open_regular_file(path: str | os.PathLike[str], what: str, error: type[ValueError] = ValueError) -> BinaryIO:
@@ -46,6 +46,22 @@ def open_regular_file(path: str | os.PathLike[str], what: str, error: type[Value
         stream.close()
         raise
     return stream
+
+
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """The UTF-8 text of a file.
+
+    Raises:
+        ValueError: as `open_regular_file`; or it is not UTF-8 (the message gives the first bad byte's place).
+    """
+    with open_regular_file(path, what) as stream:
+        data = stream.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as bad:
+        raise ValueError(
+            f"{what} {str(path)!r} is not UTF-8 at byte {bad.start}; convert it, for example with `iconv -t UTF-8`"
+        ) from None
 
 
 def _wrong_content(head: bytes) -> str | None:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .files import open_regular_file, write_atomic
+from .files import open_regular_file, read_text, write_atomic
 from .layers import TokenIdError
 
 __all__ = ["BPETokenizer"]
@@ -142,15 +142,7 @@ class BPETokenizer:
 
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size must be a positive integer, not {vocab_size!r}")
-        with open_regular_file(text_path, "training text") as stream:
-            data = stream.read()
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as bad:
-            raise ValueError(
-                f"training text {str(text_path)!r} is not UTF-8 at byte {bad.start}; "
-                "convert it, for example with `iconv -t UTF-8`"
-            ) from None
+        text = read_text(text_path, "training text")
         lines = text.split("\n")
         if "\0" in text or not text.strip():
             raise ValueError(f"training text {str(text_path)!r} has no line of text, or holds NUL; give plain text")

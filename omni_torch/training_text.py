@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from .config import BOS_ID, PAD_ID
-from .files import open_regular_file
+from .files import read_text
 
 __all__ = ["read_documents", "split_documents", "document_rows", "counted"]
 
@@ -23,15 +23,7 @@ def read_documents(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         ValueError: the file cannot be read, is not UTF-8 (the message gives the first bad byte's place), or is blank.
     """
-    with open_regular_file(path, "training text") as file:
-        data = file.read()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as bad:
-        raise ValueError(
-            f"training text {str(path)!r} is not UTF-8 at byte {bad.start}; convert it, for example with "
-            "`iconv -t UTF-8`"
-        ) from None
+    text = read_text(path, "training text")
     documents = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not documents:
         raise ValueError(f"training text {str(path)!r} has no line that is not blank; give one document a line")

@@ -400,8 +400,8 @@ def optimizers(
     told = table.note(standings)
     if json_file is not None:
         record = {"steps": steps, "lr": lr, "seed": seed, "hyper": table.HYPER, "note": told}
-        with open(json_file, "w", encoding="utf-8") as file:
-            file.write(json.dumps(record | {"standings": [asdict(s) for s in standings]}, indent=1) + "\n")
+        record |= {"standings": [asdict(s) for s in standings]}
+        json_report.write_text(json.dumps(record, indent=1) + "\n", json_file)
     return AGREE if told == table.NEAREST else DISAGREE
 
 

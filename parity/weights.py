@@ -14,7 +14,7 @@ import numpy as np
 
 from parity.errors import Misuse
 
-__all__ = ["RULES", "Link", "bind", "leaf_names", "to_jax", "to_torch"]
+__all__ = ["RULES", "Link", "bind", "leaf_names", "to_jax", "to_torch", "under_torch_names"]
 
 RULES: dict[str, str] = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 """Last part of a JAX name -> last part of the torch name. Everything else keeps its name."""
@@ -32,10 +32,10 @@ class Link:
     axes: tuple[int, ...] | None = None
 
     def to_jax(self, array: np.ndarray) -> np.ndarray:
-        return array if self.axes is None else np.transpose(array, self.axes)
+        return array if self.axes is None else array.transpose(self.axes)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        return array if self.axes is None else np.transpose(array, np.argsort(self.axes))
+        return array if self.axes is None else array.transpose(tuple(np.argsort(self.axes).tolist()))
 
 
 def leaf_names(tree: Any) -> list[str]:
@@ -139,7 +139,15 @@ def to_jax(links: Sequence[Link], weights: Mapping[str, np.ndarray], template: A
 
 
 def to_torch(links: Sequence[Link], tree: Any) -> dict[str, np.ndarray]:
-    """The leaves of a JAX pytree under their torch names and in torch's layout; `Misuse` for one without a link."""
+    """`under_torch_names` as numpy arrays."""
+    return {name: np.asarray(leaf) for name, leaf in under_torch_names(links, tree).items()}
+
+
+def under_torch_names(links: Sequence[Link], tree: Any) -> dict[str, Any]:
+    """The leaves of a JAX pytree, traced ones too, under their torch names and in torch's layout.
+
+    Raises `Misuse` for a leaf without a link.
+    """
     import jax
 
     by_name = {link.jax: link for link in links}
@@ -147,7 +155,7 @@ def to_torch(links: Sequence[Link], tree: Any) -> dict[str, np.ndarray]:
     problems = _unlinked(names, by_name)
     if problems:
         raise Misuse("weights do not fit what was bound:\n  " + "\n  ".join(problems))
-    return {by_name[n].torch: by_name[n].to_torch(np.asarray(leaf)) for n, leaf in zip(names, jax.tree.leaves(tree))}
+    return {by_name[n].torch: by_name[n].to_torch(leaf) for n, leaf in zip(names, jax.tree.leaves(tree))}
 
 
 def _unlinked(names: Sequence[str], links: Mapping[str, Link]) -> list[str]:

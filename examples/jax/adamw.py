@@ -26,6 +26,7 @@ from omni_jax import (
 
 HYPER = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 STEPS = 100
+EPS = float(jnp.finfo(jnp.float32).eps)
 
 
 def check(claim: str, true: object) -> None:
@@ -65,7 +66,7 @@ def weight_decay() -> None:
         moved[size] = 2.0 - float(new[0])
         print(f"  gradient {size:g}: p moved by {moved[size]:.4f} = 0.1·(1 + 0.5·2)")
     # As an L2 penalty it would be added to the gradient, and be divided by √v̂ with it: nothing next to 1000.
-    check("decay does not depend on the gradient's size", math.isclose(moved[1.0], moved[1000.0], rel_tol=1e-6))
+    check("decay does not depend on the gradient's size", math.isclose(moved[1.0], moved[1000.0], rel_tol=10 * EPS))
     model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.LayerNorm(3, rngs=nnx.Rngs(0)))
     _, params = nnx.split(model, nnx.Param)
     named = {".".join(map(str, path)): p.ndim for path, p in nnx.to_flat_state(params)}
@@ -124,7 +125,8 @@ def a_hundred_steps() -> None:
         print(f"  {name}: displacement {error:.1e} from the formula in float64 ({-math.log2(error):.1f} bits)")
     # optax takes 1 − βᵗ in float32: of 1 − 0.999 it keeps 14 bits.
     check("optax is further from the formula", errors["adamw_step"] < errors["optax.adamw"])
-    check("neither is far", max(errors.values()) < 1e-3)
+    # A step of lr rounds p, which is about 1, to float32.
+    check("neither is far", max(errors.values()) < EPS / lr)
 
 
 def many_parameters() -> None:

@@ -24,6 +24,7 @@ from omni_torch import (
 
 HYPER = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 STEPS = 100
+EPS = torch.finfo(torch.float32).eps
 
 
 def check(claim: str, true: object) -> None:
@@ -61,7 +62,7 @@ def weight_decay() -> None:
         moved[size] = 2.0 - float(p)
         print(f"  gradient {size:g}: p moved by {moved[size]:.4f} = 0.1·(1 + 0.5·2)")
     # As an L2 penalty it would be added to the gradient, and be divided by √v̂ with it: nothing next to 1000.
-    check("decay does not depend on the gradient's size", math.isclose(moved[1.0], moved[1000.0], rel_tol=1e-6))
+    check("decay does not depend on the gradient's size", math.isclose(moved[1.0], moved[1000.0], rel_tol=10 * EPS))
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     print(f"  decay_mask: {decay_mask(model)}")
     check("matrices decay, vectors do not", [*decay_mask(model).values()] == [True, False, False, False])
@@ -109,7 +110,8 @@ def a_hundred_steps() -> None:
         print(f"  {name}: displacement {error:.1e} from the formula in float64 ({-math.log2(error):.1f} bits)")
     # torch multiplies p by 1 − lr·decay first. In float32 that factor is rounded, the same way at every step.
     check("torch.optim is further from the formula", errors["adamw_step_"] < errors["torch.optim.AdamW"])
-    check("neither is far", max(errors.values()) < 1e-3)
+    # A step of lr rounds p, which is about 1, to float32.
+    check("neither is far", max(errors.values()) < EPS / lr)
 
 
 def many_parameters() -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from parity.corpus import byte_like_ids
 from parity.errors import CannotLook
 from parity.pair import Pair
-from parity.weights import Link, bind, leaf_names, to_jax
+from parity.weights import Link, bind, leaf_names, to_jax, under_torch_names
 
 __all__ = ["BATCH", "CONFIG", "CYCLE", "HYPER", "RECIPE", "Run", "Training", "batches", "perturbed", "start"]
 
@@ -181,17 +181,10 @@ class Training:
         )
 
     def _jax_named(self, trees: Mapping[str, Any], tokens: Any, targets: Any, step: Any) -> dict[str, Any]:
-        import jax
-        import jax.numpy as jnp
-
         loss, norm, *parts = self._jax_step(trees["p"], trees["m"], trees["v"], step, tokens, targets)
-        by_name = {link.jax: link for link in self.links}
         outputs = {"loss": loss, "gradient norm": norm}
         for what, tree in zip(KINDS, parts):
-            for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree)):
-                axes = by_name[name].axes
-                leaf = leaf if axes is None else jnp.transpose(leaf, tuple(int(a) for a in np.argsort(axes)))
-                outputs[f"{by_name[name].torch}: {what}"] = leaf
+            outputs |= {f"{name}: {what}": leaf for name, leaf in under_torch_names(self.links, tree).items()}
         return outputs
 
     def _torch_named(self, module: Any, named: Mapping[str, Any], tokens: Any, targets: Any, step: Any):

@@ -125,6 +125,7 @@ def _judge(scope: Scope, config: Any) -> Any:
     from parity.judge import Judge
     from parity.pair import pair_of
     from parity.precision import resolve_device
+    from parity.weights import under_torch_names
 
     config = ThinkerConfig(**(config.to_dict() | {"dropout": 0.0}))
     abstract = nnx.eval_shape(lambda: omni_jax.thinker.ThinkerLM(**config.to_dict(), rngs=nnx.Rngs(0)))
@@ -136,9 +137,11 @@ def _judge(scope: Scope, config: Any) -> Any:
 
         loss, grads, tokens = omni_jax.training.accumulated_gradients(nats_of, params, rows)
         clipped, norm = omni_jax.optim.clip_grad_norm(grads, MAX_NORM)
+        named = {"gradient": under_torch_names(pair.links, grads)}
+        named["clipped gradient"] = under_torch_names(pair.links, clipped)
         return {
             "loss": loss, "counted tokens": tokens.astype(loss.dtype), "gradient norm": norm,
-            **_torch_layout(pair.links, grads, "gradient"), **_torch_layout(pair.links, clipped, "clipped gradient"),
+            **{f"{what} {k}": v for what, tree in named.items() for k, v in tree.items()},
         }  # fmt: skip
 
     def torch_forward(net, rows):
@@ -166,18 +169,6 @@ def _cut(rows_BT: Any) -> Any:
     """Without the columns that hold PAD alone, but for the last one's target and one token of a batch without any."""
     seen = rows_BT.ne(0).any(dim=0).nonzero()
     return rows_BT[:, : (int(seen.max()) if len(seen) else 0) + 2]
-
-
-def _torch_layout(links: Sequence[Any], tree: Any, what: str) -> dict[str, Any]:
-    import jax
-    import jax.numpy as jnp
-
-    from parity.weights import leaf_names
-
-    by_name = dict(zip(leaf_names(tree), jax.tree.leaves(tree)))
-    turned = {link.torch: by_name[link.jax] for link in links}
-    axes = {link.torch: tuple(np.argsort(link.axes).tolist()) for link in links if link.axes is not None}
-    return {f"{what} {k}": jnp.transpose(v, axes[k]) if k in axes else v for k, v in turned.items()}
 
 
 def _nothing_counted(judge: Any, weights: Mapping[str, np.ndarray], rows: np.ndarray, precision: str) -> list[Row]:
@@ -254,9 +245,9 @@ def _against_own(whole: Any, findings: Any) -> list[Row]:
 def _controls(made: Any, findings: Any, seed: int) -> list[Control]:
     """Wrong ways to accumulate, made of the torch side's float64 micro-batches; rejected on every determined tensor."""
     from parity import oracle
+    from parity.checks._steps import rejection
     from parity.checks.dropout import all_kept, batch
     from parity.precision import unit_roundoff
-    from parity.verdict import accepts
 
     means, counts = [], MICRO
     for part in zip(*(x.reshape(len(MICRO) - 1, -1, x.shape[-1]) for x in batch(made.config, seed))):
@@ -279,13 +270,7 @@ def _controls(made: Any, findings: Any, seed: int) -> list[Control]:
     }
     controls = []
     for control, tensors in wrongs.items():
-        live = [k for k in tensors if findings.outputs[k].verdict is not Verdict.UNDETERMINED]
-        passed = []
-        for key in live:
-            _, _, reference, noise = findings.values[key]
-            if accepts(tensors[key], reference, noise, unit_roundoff(findings.precision)):
-                passed.append(key)
-        words = f"{findings.precision}: rejected on {len(live) - len(passed)} of {len(live)} tensors"
-        words += f"; passed on {', '.join(passed)}" if passed else ""
-        controls.append(Control(control, rejected=bool(live) and not passed, evidence=words))
+        live = {k: v for k, v in tensors.items() if findings.outputs[k].verdict is not Verdict.UNDETERMINED}
+        unit = unit_roundoff(findings.precision)
+        controls.append(rejection(control, findings.precision, live, findings.values, unit))
     return controls

@@ -253,8 +253,9 @@ def _optax(start, by_step, precision: str) -> dict[int, dict[str, np.ndarray]]:
 def _controls(findings, start, grads, precision: str) -> list[Control]:
     """Each wrong update in the torch side's place; rejected on every determined displacement that it changes."""
     from parity import oracle
+    from parity.checks._steps import rejection
     from parity.precision import unit_roundoff
-    from parity.verdict import Verdict, accepts
+    from parity.verdict import Verdict
 
     by_step, rates = _by_step(grads), [LR] * max(STEPS)
     decayed = _named(oracle.adamw(start, by_step, rates, **{**HYPER, "weight_decay": 1e-4}), start)
@@ -264,7 +265,7 @@ def _controls(findings, start, grads, precision: str) -> list[Control]:
     truths = {k: v[2] for k, v in findings.values.items() if k in findings.outputs}
     controls = []
     for control in CONTROLS:
-        shown, passed = 0, []
+        shown: dict[str, np.ndarray] = {}
         for name, truth in truths.items():
             if findings.outputs[name].verdict is Verdict.UNDETERMINED or not np.any(truth):
                 continue
@@ -282,13 +283,8 @@ def _controls(findings, start, grads, precision: str) -> list[Control]:
                 wrong = truths[name.replace(tensor, other or "", 1)]
             else:
                 wrong = np.zeros_like(truth) if control == "no update" else -truth
-            noise = findings.values[name][3]
-            shown += 1
-            if accepts(wrong, truth, noise, unit_roundoff(precision)):
-                passed.append(name)
-        words = f"{precision}: rejected on {shown - len(passed)} of {shown} tensors"
-        words += f"; passed on {', '.join(passed)}" if passed else ""
-        controls.append(Control(control, rejected=shown > 0 and not passed, evidence=words))
+            shown[name] = wrong
+        controls.append(rejection(control, precision, shown, findings.values, unit_roundoff(precision)))
     return controls
 
 

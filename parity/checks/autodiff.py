@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -239,8 +240,9 @@ def _each_other(findings: Any, precision: str) -> list[Row]:
 
 
 def _controls(findings: Any, values: Mapping[str, np.ndarray], precision: str) -> list[Control]:
+    from parity.checks._steps import rejection
     from parity.precision import unit_roundoff
-    from parity.verdict import Verdict, accepts
+    from parity.verdict import Verdict
 
     truth = {k: v[2] for k, v in findings.values.items() if findings.verdicts[k] is not Verdict.UNDETERMINED}
     swapped = {}
@@ -269,18 +271,13 @@ def _controls(findings: Any, values: Mapping[str, np.ndarray], precision: str) -
     controls = []
     for name, tensors in wrongs.items():
         shown = {k: wrong for k, wrong in tensors.items() if k in truth}
-        wide = precision == "float64"
-        passed = [
-            k
-            for k, wrong in shown.items()
-            if accepts(wrong, truth[k], findings.values[k][3], unit_roundoff(precision), noisy_reference=wide)
-        ]
-        words = f"{precision}: rejected on {len(shown) - len(passed)} of {len(shown)} tensors"
-        words += f"; passed on {', '.join(passed)}" if passed else ""
+        wide, unit = precision == "float64", unit_roundoff(precision)
+        control = rejection(name, precision, shown, findings.values, unit, noisy_reference=wide)
         if name == "finite differences":
             seen = all(np.allclose(w, truth[k], rtol=FAMILIAR_BOUND, atol=FAMILIAR_BOUND) for k, w in shown.items())
-            words += f"; np.allclose at {FAMILIAR_BOUND:g}: {'passes' if seen else 'fails too'}"
-        controls.append(Control(name, rejected=bool(shown) and not passed, evidence=words))
+            words = f"{control.evidence}; np.allclose at {FAMILIAR_BOUND:g}: {'passes' if seen else 'fails too'}"
+            control = replace(control, evidence=words)
+        controls.append(control)
     return controls
 
 

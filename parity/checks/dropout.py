@@ -327,10 +327,10 @@ def _additive(made: Small, dropped: Any, whole: Any, inputs: Any, keeps: Any) ->
 
 def _given_controls(made: Small, findings: Any, inputs: Any, keeps: Any) -> list[Control]:
     """Wrong masks on the torch side: rejected on every determined output."""
+    from parity.checks._steps import rejection
     from parity.precision import unit_roundoff
-    from parity.verdict import accepts
 
-    wide = findings.precision == "float64"
+    wide, unit = findings.precision == "float64", unit_roundoff(findings.precision)
     side = (made.judge.cpu if wide else made.judge.far)[1]
     wrongs = {
         "no scaling": _masks(keeps, 0.0),
@@ -340,15 +340,9 @@ def _given_controls(made: Small, findings: Any, inputs: Any, keeps: Any) -> list
     controls = []
     for control, masks in wrongs.items():
         outputs, _ = side(made.weights, (*inputs, *masks), findings.precision)
-        live = [k for k, v in findings.outputs.items() if v.verdict is not Verdict.UNDETERMINED]
-        passed = []
-        for key in live:
-            _, _, reference, noise = findings.values[key]
-            if accepts(outputs[key], reference, noise, unit_roundoff(findings.precision), noisy_reference=wide):
-                passed.append(key)
-        words = f"{made.name}, {findings.precision}: rejected on {len(live) - len(passed)} of {len(live)} tensors"
-        words += f"; passed on {', '.join(passed)}" if passed else ""
-        controls.append(Control(control, rejected=bool(live) and not passed, evidence=words))
+        live = {k: outputs[k] for k, v in findings.outputs.items() if v.verdict is not Verdict.UNDETERMINED}
+        where = f"{made.name}, {findings.precision}"
+        controls.append(rejection(control, where, live, findings.values, unit, noisy_reference=wide))
     return controls
 
 

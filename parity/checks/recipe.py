@@ -204,27 +204,26 @@ def _torch_schedules(params: Any, counts: Any) -> dict[str, Any]:
 
 def _schedule_controls(findings, counts, precision: str) -> list[Control]:
     """What is wrong with a schedule must be rejected on every schedule that it changes."""
+    from parity.checks._steps import rejection
     from parity.precision import unit_roundoff
-    from parity.verdict import accepts
 
+    unit = unit_roundoff(precision)
     truth = {k: v[2] for k, v in findings.values.items()}
     wrongs = {name: _schedules(counts, name) for name in ("schedule one step on", "decay_steps with warm-up")}
     wrongs |= {"no update": {k: np.zeros_like(v) for k, v in truth.items()}}
     wrongs |= {"sign flipped": {k: -v for k, v in truth.items()}}
     controls = []
     for name, rates in wrongs.items():
-        changed = [k for k in truth if not np.array_equal(rates[k], truth[k])]
-        passed = [k for k in changed if accepts(rates[k], truth[k], findings.values[k][3], unit_roundoff(precision))]
-        words = f"{precision}: rejected on {len(changed) - len(passed)} of {len(changed)} schedules"
-        words += f"; passed on {', '.join(passed)}" if passed else ""
-        controls.append(Control(name, rejected=bool(changed) and not passed, evidence=words))
+        changed = {k: rates[k] for k in truth if not np.array_equal(rates[k], truth[k])}
+        controls.append(rejection(name, precision, changed, findings.values, unit, what="schedules"))
     return controls
 
 
 def _controls(findings, by_step, rates, precision: str) -> list[Control]:
     from parity import oracle
+    from parity.checks._steps import rejection
     from parity.precision import unit_roundoff
-    from parity.verdict import Verdict, accepts
+    from parity.verdict import Verdict
 
     base, warm, last = RECIPE["lr"], RECIPE["warmup_steps"], RECIPE["max_steps"]
     bare = [float(min(1.0, RECIPE["max_norm"] / oracle.global_norm(g))) for g in by_step]
@@ -245,17 +244,8 @@ def _controls(findings, by_step, rates, precision: str) -> list[Control]:
     live = {k: v for k, v in findings.outputs.items() if v.verdict is not Verdict.UNDETERMINED}
     wrongs["no update"] = {k: np.zeros_like(findings.values[k][2]) for k in live}
     wrongs["sign flipped"] = {k: -findings.values[k][2] for k in live}
-    controls = []
-    for name, tensors in wrongs.items():
+    if precision == "float32":
         # 1e-6 beside a norm near 1 is 17 float32 units; clipping where the norm is larger is fainter: float64's matter.
-        passed = []
-        for key, wrong in tensors.items():
-            _, _, reference, noise = findings.values[key]
-            if accepts(wrong, reference, noise, unit_roundoff(precision)):
-                passed.append(key)
-        if name == "clip without 1e-6" and precision == "float32":
-            continue
-        words = f"{precision}: rejected on {len(tensors) - len(passed)} of {len(tensors)} tensors"
-        words += f"; passed on {', '.join(passed)}" if passed else ""
-        controls.append(Control(name, rejected=not passed and bool(tensors), evidence=words))
-    return controls
+        del wrongs["clip without 1e-6"]
+    unit = unit_roundoff(precision)
+    return [rejection(name, precision, tensors, findings.values, unit) for name, tensors in wrongs.items()]

@@ -9,6 +9,7 @@ from typing import Any
 
 from parity.calibrate import CEILING, MARGIN, supported
 from parity.precision import PRECISIONS
+from parity.report.json_file import write_text
 from parity.verdict import THRESHOLDS
 
 __all__ = ["markdown", "write"]
@@ -119,4 +120,4 @@ def write(record: Mapping[str, Any], path: str | Path) -> None:
             lines.append(f' "{key}": [\n  {inner}\n ]')
         else:
             lines.append(f' "{key}": {json.dumps(value, allow_nan=False)}')
-    Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_text("{\n" + ",\n".join(lines) + "\n}\n", path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from parity.errors import Misuse
 from parity.result import RunResult
 
-__all__ = ["check_writable", "write"]
+__all__ = ["check_writable", "write", "write_text"]
 
 
 def check_writable(path: str | Path) -> None:
@@ -30,12 +30,17 @@ def check_writable(path: str | Path) -> None:
 
 
 def write(result: RunResult, path: str | Path) -> None:
-    """Write `result.to_json()`: to a file beside it first, so that no reader ever sees half of it."""
+    """Write `result.to_json()`, whole or not at all."""
+    write_text(result.to_json() + "\n", path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a report: to a file beside it first, so that no reader ever sees half of it."""
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(result.to_json() + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes private files; a report is as readable as any other new file.

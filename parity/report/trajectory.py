@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.errors import CannotLook, Misuse
+from parity.report.json_file import write_text
 from parity.result import CheckResult
 
 __all__ = ["CURVES", "console_lines", "draw", "main", "write"]
@@ -152,7 +153,7 @@ def _demand(series: Mapping[str, Sequence[float]]) -> None:
 
 def write(result: CheckResult, path: str | Path) -> None:
     """Draw the curves of `result` into an SVG file."""
-    Path(path).write_text(draw(result.series), encoding="utf-8")
+    write_text(draw(result.series), path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
