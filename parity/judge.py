@@ -81,9 +81,11 @@ class Judge:
         devices: tuple[Any, Any] = (None, "cpu"),
         device: str = "cpu",
         limits: Thresholds = THRESHOLDS,
+        shares: bool = True,
     ):
+        """`shares`: float64 and float32 runs use the same draws; not worth a trace where only one of them is run."""
         self.pair, self.draws, self.seed, self.limits = pair, draws, seed, limits
-        self.device = device
+        self.device, self.shares = device, shares
         self.tracer = Tracer(pair.jax_program())
         self.cpu = JaxSide(pair, self.tracer), TorchSide(pair)
         far = (JaxSide(pair, self.tracer, devices[0]), TorchSide(pair, devices[1]))
@@ -100,7 +102,7 @@ class Judge:
             return measure_program(program, args, draws=self.draws, seed=self.seed)
         # sigma scales with u: float64 and float32 runs of one program share the draws, if the values fit both types.
         # Drawn for float32 where it can be, because that has the larger smallest number (sigma's floor).
-        narrow = self.tracer.program(args, "float32") if precision == "float64" else program
+        narrow = self.tracer.program(args, "float32") if precision == "float64" and self.shares else program
         program = narrow if narrow.uniform else program
         if self.shared is None or not _same_values(self.shared[0], args):
             self.shared = (args, measure_program(program, args, draws=self.draws, seed=self.seed))

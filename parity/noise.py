@@ -24,17 +24,30 @@ from typing import Any
 
 import numpy as np
 
+from parity.draws import OverDraws, with_draws
 from parity.errors import CannotLook
 from parity.precision import precision as format_of
 from parity.precision import unit_roundoff
 from parity.primitives import DISCRETE, IMPLEMENTATIONS, RULES, by_jax
 from parity.verdict import THRESHOLDS, Noise, Thresholds, pool_sigma
 
-__all__ = ["Choice", "NoiseModel", "Program", "Tracer", "measure_noise", "measure_program", "trace"]
+__all__ = [
+    "Choice",
+    "NoiseModel",
+    "Program",
+    "Tracer",
+    "bodies",
+    "inside",
+    "measure_noise",
+    "measure_program",
+    "trace",
+]
 
 AMPLITUDE = 2.0**-30
 """Roundoff of the draws: small enough to be linear, large enough to stand clear of float64's own rounding."""
 SMALLEST_AMPLITUDE = 2.0**-44
+TOGETHER = 1 << 21
+"""So many numbers may an array have that holds several draws."""
 CALLS = {
     "jit", "pjit", "closed_call", "core_closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
     "custom_vjp_call_jaxpr", "remat", "remat2", "checkpoint", "custom_lin", "run_state", "named_call",
@@ -154,7 +167,7 @@ def _uniform(closed, precision: str) -> bool:
                 kind = getattr(var.aval, "dtype", None)
                 if kind is not None and _is_float(kind) and np.dtype(kind) != own:
                     return False
-            if not all(walk(body) for body in _bodies(eqn)):
+            if not all(walk(body) for body in bodies(eqn)):
                 return False
         return True
 
@@ -184,7 +197,7 @@ def _is_key(dtype) -> bool:
     return "key<" in str(dtype)
 
 
-def _inner(eqn):
+def inside(eqn):
     """The jaxpr inside a call-like equation, with its constants."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = eqn.params.get(key)
@@ -193,7 +206,7 @@ def _inner(eqn):
     return None
 
 
-def _bodies(eqn) -> list:
+def bodies(eqn) -> list:
     """Every jaxpr in the parameters of an equation: bodies of loops, branches, calls."""
     found = []
     for value in eqn.params.values():
@@ -212,7 +225,7 @@ def _primitives(jaxpr) -> list:
             return ()
         return tuple((v.aval.shape, np.dtype(v.aval.dtype).itemsize) for v in eqn.outvars)
 
-    return [(eqn.primitive.name, bits(eqn), [_primitives(body) for body in _bodies(eqn)]) for eqn in jaxpr.eqns]
+    return [(eqn.primitive.name, bits(eqn), [_primitives(body) for body in bodies(eqn)]) for eqn in jaxpr.eqns]
 
 
 def _where(eqn) -> str:
@@ -264,7 +277,7 @@ class _Run:
             elif mover is None or reference:
                 outputs = self.equation(eqn, typed, inputs)
             else:  # a draw repeats a step that the reference has been through: `equation` without its questions
-                outputs = mover(eqn, inputs)
+                outputs = mover(inputs)
                 if rounds:
                     item = tape[self.at]
                     self.at += 1
@@ -282,7 +295,7 @@ class _Run:
     def equation(self, eqn, typed, inputs) -> list:
         name = eqn.primitive.name
         if name in CALLS:
-            inner, inner_typed = _inner(eqn), _inner(typed)
+            inner, inner_typed = inside(eqn), inside(typed)
             if inner is None or inner_typed is None:
                 raise CannotLook(f"primitive {name!r} calls a function that this version of JAX does not show")
             return self.jaxpr(inner[0], inner_typed[0], [_lift(c) for c in inner[1]], inputs)
@@ -316,7 +329,8 @@ class _Run:
     def value(self, eqn, inputs) -> list:
         implementation = IMPLEMENTATIONS.get(eqn.primitive.name)
         try:
-            out = implementation(eqn, inputs) if implementation else by_jax(eqn, *inputs)
+            evaluate = implementation or (lambda eqn, inputs: by_jax(eqn, *inputs))
+            out = evaluate(eqn, inputs) if self.reference else OverDraws(eqn, evaluate)(inputs)
         except CannotLook as error:
             raise CannotLook(f"primitive {eqn.primitive.name!r} ({_where(eqn)}): {error}") from error
         except Exception as error:
@@ -382,7 +396,7 @@ class _Run:
         x, k = inputs[0], eqn.params["k"]
         kind = eqn.outvars[1].aval.dtype
         order = self.recall(lambda: np.argsort(-x, axis=-1, kind="stable")[..., : k + 1])
-        sorted_ = np.take_along_axis(x, order, -1)
+        sorted_ = np.take_along_axis(x, order[None] if x.ndim > order.ndim else order, -1)
         if order.shape[-1] > k:  # a tie inside the chosen set only reorders it; one at its edge changes it
             self.choices.append(("top_k", _where(eqn), sorted_[..., k - 1] - sorted_[..., k]))
         return [sorted_[..., :k], order[..., :k].astype(kind)]
@@ -390,7 +404,10 @@ class _Run:
     def sort(self, eqn, inputs) -> list:
         axis, keys = eqn.params["dimension"], eqn.params["num_keys"]
         order = self.recall(lambda: np.lexsort([np.asarray(k) for k in reversed(inputs[:keys])], axis=axis))
-        return [np.take_along_axis(x, order, axis) for x in inputs]
+        return [
+            np.take_along_axis(x, order, axis) if x.ndim == order.ndim else np.take_along_axis(x, order[None], axis + 1)
+            for x in inputs
+        ]
 
     # -- control flow: decisions are replayed because comparisons are ---------------------------------------------
     def cond(self, eqn, typed, inputs) -> list:
@@ -418,18 +435,24 @@ class _Run:
         consts, carry = inputs[: p["num_consts"]], inputs[p["num_consts"] : p["num_consts"] + p["num_carry"]]
         columns = inputs[p["num_consts"] + p["num_carry"] :]
         body, body_typed = p["jaxpr"], typed.params["jaxpr"]
+        drawn_columns = [x.ndim > len(v.aval.shape) for x, v in zip(columns, eqn.invars[len(inputs) - len(columns) :])]
         stacked: list[list] = []
         steps = range(p["length"])
         for i in reversed(steps) if p["reverse"] else steps:
-            args = [*consts, *carry, *(x[i] for x in columns)]
+            args = [*consts, *carry, *(x[:, i] if drawn else x[i] for x, drawn in zip(columns, drawn_columns))]
             out = self.jaxpr(body.jaxpr, body_typed.jaxpr, [_lift(c) for c in body.consts], args)
             carry = out[: p["num_carry"]]
             stacked.append(out[p["num_carry"] :])
         if p["reverse"]:
             stacked.reverse()
-        rows = [np.stack(column) for column in zip(*stacked)] if stacked else [
-            np.zeros(v.aval.shape, _lifted_kind(v.aval.dtype)) for v in eqn.outvars[p["num_carry"] :]
-        ]  # fmt: skip
+        results = eqn.outvars[p["num_carry"] :]
+        if not stacked:
+            return [*carry, *(np.zeros(v.aval.shape, _lifted_kind(v.aval.dtype)) for v in results)]
+        rows = []
+        for v, column in zip(results, zip(*stacked)):
+            rank = len(v.aval.shape) - 1
+            drawn = next((len(x) for x in column if x.ndim > rank), 0)
+            rows.append(np.stack([with_draws(x, rank, drawn) for x in column], 1) if drawn else np.stack(column))
         return [*carry, *rows]
 
 
@@ -488,8 +511,8 @@ def _plan(values, types) -> tuple[list, list]:
     """What a jaxpr's evaluation needs at every draw, found once.
 
     Per equation: itself, its typed twin, its operands as (variable, None) or (None, literal), whether it yields only
-    integers and bools by an implementation of ours, its implementation if it makes no choice, whether its one float
-    result is rounded, and the variables that die with it (memory is that of live ones).
+    integers and bools by an implementation of ours, its evaluation in draws if it makes no choice, whether its one
+    float result is rounded, and the variables that die with it (memory is that of live ones).
     """
     key = (id(values), id(types))
     known = _PLANS.get(key)
@@ -516,7 +539,8 @@ def _plan(values, types) -> tuple[list, list]:
         rounds = RULES.get(name) is not None
         floats = len(eqn.outvars) == 1 and not counts
         plain = name in RULES and name not in DISCRETE and name != "name" and name not in CALLS
-        mover = IMPLEMENTATIONS.get(name) if plain and name not in CASTS and (floats or not rounds) else None
+        evaluate = IMPLEMENTATIONS.get(name) if plain and name not in CASTS and (floats or not rounds) else None
+        mover = None if evaluate is None else OverDraws(eqn, evaluate)
         steps.append((eqn, typed, [operand(x) for x in eqn.invars], whole, mover, rounds, dead.get(i, ())))
     if len(_PLANS) > 4096:
         _PLANS.clear()
@@ -550,16 +574,17 @@ class _Pool:
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
         size = math.prod(shape)
-        if size > self.SIZE // 4:
-            return self.rng.standard_normal(shape)
-        at = int(self.offset() * (self.SIZE - size))
-        return self.block[at : at + size].reshape(shape)
+        if size <= self.SIZE // 4:
+            at = int(self.offset() * (self.SIZE - size))
+            return self.block[at : at + size].reshape(shape)
+        if shape[0] > 1:  # each draw by itself may fit
+            return np.stack([self.take((1, *shape[1:]))[0] for _ in range(shape[0])])
+        return self.rng.standard_normal(shape)
 
-    def like(self, x: np.ndarray) -> np.ndarray:
-        """Unit noise for each element of `x`; a complex one errs in both parts, and its unit is that of the modulus."""
-        if x.dtype.kind != "c":
-            return self.take(x.shape)
-        return (self.take(x.shape) + 1j * self.take(x.shape)) / math.sqrt(2)
+    def draws(self, count: int, shape: tuple[int, ...], kind: str) -> np.ndarray:
+        """`count` draws of unit noise; a complex number errs in both parts, and its unit is that of the modulus."""
+        shape = (count, *shape)
+        return self.take(shape) if kind != "c" else (self.take(shape) + 1j * self.take(shape)) / math.sqrt(2)
 
 
 @lru_cache(maxsize=1)
@@ -593,6 +618,7 @@ def measure_program(
     leaves = [_lift(x) for x in jax.tree.leaves(tuple(args))]
     consts = [_lift(c) for c in program.values.consts]
     precision = program.precision
+    together = max(1, TOGETHER // max(_largest(program.values.jaxpr), 1))
 
     def evaluate(run: _Run, inputs):
         # Small products by several BLAS threads cost several times their work in waiting.
@@ -613,13 +639,16 @@ def measure_program(
         """Errors of `count` noisy runs, per unit roundoff: outputs and taps, each (count, *shape); and the choices."""
         rows: list[list[np.ndarray]] = []
         margins: list[list[np.ndarray]] = []
-        for _ in range(count):
-            run = _Run(precision, tape, noise, shake)
-            out, marks = evaluate(run, leaves if shake is None else [shake(x) for x in leaves])
+        for at in range(0, count, together):
+            now = min(together, count - at)
+            run = _Run(precision, tape, noise and partial(noise, now), shake and partial(shake, now))
+            out, marks = evaluate(run, leaves if run.shake is None else [run.shake(x) for x in leaves])
             with np.errstate(invalid="ignore"):
-                rows.append([_error(a, b) / scale for a, b in zip([*out, *(marks[n] for n in names)], whole)])
-                margins.append([(c[2] - b[2]) / scale for c, b in zip(run.choices, first.choices)])
-        return [np.stack(column) for column in zip(*rows)], [np.stack(column) for column in zip(*margins)]
+                found = zip([*out, *(marks[n] for n in names)], whole)
+                rows.append([with_draws(_error(a, b) / scale, b.ndim, now) for a, b in found])
+                edges = zip(run.choices, first.choices)
+                margins.append([with_draws((c[2] - b[2]) / scale, b[2].ndim, now) for c, b in edges])
+        return [np.concatenate(column) for column in zip(*rows)], [np.concatenate(column) for column in zip(*margins)]
 
     whole = [*reference, *(taps[n] for n in names)]
 
@@ -627,15 +656,15 @@ def measure_program(
         if isinstance(item, _Rounding):
             item.std *= amplitude
 
-    def rounding(out, item):
-        return out if item.pinned else out + item.std * pool.like(out)
+    def rounding(count, out, item):
+        return out if item.pinned else out + item.std * pool.draws(count, item.std.shape, out.dtype.kind)
 
     errors, margins = sample(draws, amplitude, rounding)
 
-    def shake(x):
+    def shake(count, x):
         if _is_key(x.dtype) or x.dtype.kind not in "fc":
             return x
-        moved = AMPLITUDE * np.where(np.isfinite(x), x, 0.0) * pool.like(x) / math.sqrt(3)
+        moved = AMPLITUDE * np.where(np.isfinite(x), x, 0.0) * pool.draws(count, x.shape, x.dtype.kind) / math.sqrt(3)
         return x + moved  # a mask's -inf stays where it is
 
     moved = sample(min(draws, 3), AMPLITUDE, shake=shake)[0] if kappa else [np.zeros(0)] * len(errors)
@@ -648,8 +677,9 @@ def measure_program(
     if first.pins:
         narrow = unit_roundoff("float32")
 
-        def pin_only(out, item):
-            return out + item.std * (first.unit / narrow) * pool.like(out) if item.pinned else out
+        def pin_only(count, out, item):
+            noise = pool.draws(count, item.std.shape, out.dtype.kind)
+            return out + item.std * (first.unit / narrow) * noise if item.pinned else out
 
         pin_errors, _ = sample(draws, AMPLITUDE / narrow, pin_only)
         pinned = [Noise(*pool_sigma(error), 0.0) for error in pin_errors]
@@ -682,6 +712,12 @@ def _error(noisy: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(difference), difference, 0.0)
 
 
+def _largest(jaxpr) -> int:
+    """The number of elements of the largest array that a program makes."""
+    sizes = [math.prod(getattr(v.aval, "shape", ())) for eqn in jaxpr.eqns for v in eqn.outvars]
+    return max([1, *sizes, *(_largest(body) for eqn in jaxpr.eqns for body in bodies(eqn))])
+
+
 def widest_roundoff(program: Program) -> float:
     """The largest roundoff of any float in the program, relative to the working one."""
     widest = 1.0
@@ -693,7 +729,7 @@ def widest_roundoff(program: Program) -> float:
                 kind = getattr(var.aval, "dtype", None)
                 if kind is not None and _is_float(kind):
                     widest = max(widest, _eps(np.dtype(kind)) / 2 / unit_roundoff(program.precision))
-            for body in _bodies(eqn):
+            for body in bodies(eqn):
                 walk(body)
 
     walk(program.types.jaxpr)

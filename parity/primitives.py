@@ -20,7 +20,7 @@ import numpy as np
 
 from parity.errors import CannotLook
 
-__all__ = ["DISCRETE", "IMPLEMENTATIONS", "RULES", "bind_equation", "by_jax"]
+__all__ = ["DISCRETE", "ELEMENTWISE", "IMPLEMENTATIONS", "RULES", "bind_equation", "by_jax", "dot_general"]
 
 Rule = Callable[[Any, list[np.ndarray], list[np.ndarray]], Any]
 
@@ -409,7 +409,7 @@ def _select(eqn, inputs):
     which, *cases = inputs
     if which.dtype == bool:
         return np.where(which, cases[1], cases[0])
-    out = np.array(np.broadcast_to(cases[0], which.shape if which.ndim else cases[0].shape))
+    out = cases[0]
     for i, case in enumerate(cases[1:], 1):
         out = np.where(which == i, case, out)
     return out
@@ -528,24 +528,23 @@ def _elementwise(function):
     return lambda eqn, inputs: function(*inputs)
 
 
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative,
+    "abs": np.abs, "exp": np.exp, "exp2": np.exp2, "log": np.log, "log1p": np.log1p, "expm1": np.expm1,
+    "tanh": np.tanh, "sin": np.sin, "cos": np.cos, "tan": np.tan, "asin": np.arcsin, "acos": np.arccos,
+    "atan": np.arctan, "atan2": np.arctan2, "sinh": np.sinh, "cosh": np.cosh, "asinh": np.arcsinh,
+    "acosh": np.arccosh, "atanh": np.arctanh, "sqrt": np.sqrt, "cbrt": np.cbrt, "square": np.square,
+    "rsqrt": lambda x: 1.0 / np.sqrt(x), "pow": np.power, "max": np.maximum, "min": np.minimum,
+    "floor": np.floor, "ceil": np.ceil, "sign": np.sign, "is_finite": np.isfinite,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "not": np.invert, "real": np.real, "imag": np.imag, "conj": np.conj, "complex": lambda a, b: a + 1j * b,
+    "copy": np.asarray, "stop_gradient": np.asarray, "name": np.asarray,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+}  # fmt: skip
+
 IMPLEMENTATIONS: dict[str, Callable[[Any, list[np.ndarray]], Any]] = {
-    **{
-        name: _elementwise(function)
-        for name, function in {
-            "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative,
-            "abs": np.abs, "exp": np.exp, "exp2": np.exp2, "log": np.log, "log1p": np.log1p, "expm1": np.expm1,
-            "tanh": np.tanh, "sin": np.sin, "cos": np.cos, "tan": np.tan, "asin": np.arcsin, "acos": np.arccos,
-            "atan": np.arctan, "atan2": np.arctan2, "sinh": np.sinh, "cosh": np.cosh, "asinh": np.arcsinh,
-            "acosh": np.arccosh, "atanh": np.arctanh, "sqrt": np.sqrt, "cbrt": np.cbrt, "square": np.square,
-            "rsqrt": lambda x: 1.0 / np.sqrt(x), "pow": np.power, "max": np.maximum, "min": np.minimum,
-            "floor": np.floor, "ceil": np.ceil, "sign": np.sign, "is_finite": np.isfinite,
-            "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-            "ge": np.greater_equal, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-            "not": np.invert, "real": np.real, "imag": np.imag, "conj": np.conj, "complex": lambda a, b: a + 1j * b,
-            "copy": np.asarray, "stop_gradient": np.asarray, "name": np.asarray,
-            "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
-        }.items()
-    },
+    **{name: _elementwise(function) for name, function in _FUNCTIONS.items()},
     "logistic": _special("expit"),
     "erf": _special("erf"),
     "erfc": _special("erfc"),
@@ -602,6 +601,13 @@ IMPLEMENTATIONS: dict[str, Callable[[Any, list[np.ndarray]], Any]] = {
     "optimization_barrier": lambda eqn, inputs: list(inputs),
 }  # fmt: skip
 """Primitives that numpy evaluates; every other one with a rule is evaluated by `by_jax`."""
+
+ELEMENTWISE = {
+    *_FUNCTIONS, "logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma", "div", "rem", "integer_pow", "round",
+    "select_n", "device_put", "optimization_barrier", "shift_left", "shift_right_logical", "shift_right_arithmetic",
+    "convert_element_type", "reduce_precision",
+}  # fmt: skip
+"""Primitives that treat every element alike: any axis may be added in front."""
 
 
 DISCRETE = {"eq", "ne", "lt", "le", "gt", "ge", "is_finite", "sign", "floor", "ceil", "round", "argmax", "argmin"}

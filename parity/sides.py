@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from parity.errors import CannotLook, Misuse
-from parity.noise import Tracer
+from parity.noise import Tracer, bodies, inside
 from parity.pair import Pair
 from parity.precision import precision as format_of
 from parity.primitives import bind_equation
 
 __all__ = ["JaxSide", "TorchSide", "as_inputs", "compiled", "compiler_options", "with_taps"]
+
+LOOPS = ("scan", "while", "cond")
 
 
 def as_inputs(inputs: Sequence[Any], precision: str) -> tuple[np.ndarray, ...]:
@@ -43,8 +46,15 @@ def as_inputs(inputs: Sequence[Any], precision: str) -> tuple[np.ndarray, ...]:
 def with_taps(closed: Any) -> Callable[..., tuple[list[Any], dict[str, Any]]]:
     """A closed jaxpr as a function of its leaves: (output leaves, named intermediates), for whoever compiles it.
 
-    Calls are entered to find the names; loops and branches are bound whole (what they name stays inside).
+    Calls that name something are entered; loops and branches are bound whole (what they name stays inside).
     """
+
+    @cache
+    def names(jaxpr) -> bool:
+        return any(
+            eqn.primitive.name == "name" or (eqn.primitive.name not in LOOPS and any(map(names, bodies(eqn))))
+            for eqn in jaxpr.eqns
+        )
 
     def run(*leaves):
         taps: dict[str, Any] = {}
@@ -54,10 +64,9 @@ def with_taps(closed: Any) -> Callable[..., tuple[list[Any], dict[str, Any]]]:
             read = lambda v: v.val if hasattr(v, "val") else env[v]  # noqa: E731
             for eqn in jaxpr.eqns:
                 inputs = [read(v) for v in eqn.invars]
-                inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params), None)
-                if inner is not None and eqn.primitive.name not in ("scan", "while", "cond"):
-                    body, body_consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
-                    outputs = evaluate(body, body_consts, inputs)
+                inner = None if eqn.primitive.name in LOOPS else inside(eqn)
+                if inner is not None and names(inner[0]):
+                    outputs = evaluate(*inner, inputs)
                 else:
                     outputs = bind_equation(eqn, eqn.params, inputs)
                     if eqn.primitive.name == "name":
@@ -140,6 +149,7 @@ class TorchSide:
     def __init__(self, pair: Pair, device: Any = "cpu"):
         self.pair, self.device = pair, device or "cpu"
         self.pins: tuple[str, ...] = ()
+        self.modules: dict[Any, Any] = {}
 
     def __call__(self, weights: Mapping[str, np.ndarray], inputs: Sequence[Any], precision: str):
         import torch
@@ -151,7 +161,7 @@ class TorchSide:
         handles = []
         try:
             if isinstance(pair.torch, torch.nn.Module):
-                module = copy.deepcopy(pair.torch).to(self.device, dtype)
+                module = self._module(dtype)
                 with torch.no_grad():
                     for name, parameter in module.named_parameters():
                         parameter.copy_(tensors[name])
@@ -185,6 +195,15 @@ class TorchSide:
         return _as_float64({k: _numpy(v) for k, v in result.items()}), _as_float64(
             {k: _numpy(v) for k, v in taps.items()}
         )
+
+    def _module(self, dtype: Any) -> Any:
+        """A copy of the pair's module; kept for the next weights if it has nothing else that a call could change."""
+        made = self.modules.get(dtype)
+        if made is None:
+            made = copy.deepcopy(self.pair.torch).to(self.device, dtype)
+            if not any(True for _ in made.buffers()):
+                self.modules[dtype] = made
+        return made
 
 
 def _PinWatch():  # a class made on demand: its base lives in torch

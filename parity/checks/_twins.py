@@ -79,7 +79,7 @@ def _prepare(scope: Scope, config: str) -> _Prepared:
         shared = {"draws": scope.draws, "seed": scope.seed, "devices": devices, "device": scope.device}
         named = scope.configs[0] if scope.configs else None
         made = twins(config, checkpoint_config(scope.checkpoint, named) if scope.checkpoint else None)
-        _PREPARED[key] = _Prepared(made, Judge(made.pair, **shared), Judge(made.calls, **shared))
+        _PREPARED[key] = _Prepared(made, Judge(made.pair, **shared), Judge(made.calls, shares=False, **shared))
     return _PREPARED[key]
 
 
