@@ -13,11 +13,17 @@ Example:
 
 from __future__ import annotations
 
+from .architecture import (
+    Architecture,
+    find_config,
+    infer_config,
+)
 from .attention import (
     CausalSelfAttention,
     attend,
     default_positions,
     make_attention_mask,
+    simple_attention,
 )
 from .autodiff import (
     grad_with_autograd_grad,
@@ -28,6 +34,10 @@ from .autodiff import (
     per_example_grads,
     value_and_grad,
     vjp,
+)
+from .cache import (
+    KVCache,
+    init_cache,
 )
 from .checkpoint import (
     Checkpoint,
@@ -47,6 +57,10 @@ from .config import (
     ThinkerConfig,
     read_config,
 )
+from .conversion import (
+    Manifest,
+    convert_checkpoint,
+)
 from .data import (
     DataLoader,
     NextTokenDataset,
@@ -61,6 +75,11 @@ from .data import (
     token_batch,
     token_stream,
 )
+from .generation import (
+    Generation,
+    generate,
+    simple_inference,
+)
 from .init import (
     bias_default,
     embedding_default,
@@ -69,6 +88,10 @@ from .init import (
     kaiming_uniform,
     linear_default,
     xavier_uniform,
+)
+from .inspection import (
+    Inspection,
+    inspect_checkpoint,
 )
 from .layers import (
     GELUMLP,
@@ -79,6 +102,7 @@ from .layers import (
     TokenIdError,
     apply_rope,
     check_token_ids,
+    checked,
     rope_frequencies,
 )
 from .losses import (
@@ -94,6 +118,11 @@ from .optim import (
     global_norm,
     init_adamw_state,
     warmup_cosine,
+)
+from .sampling import (
+    apply_repetition_penalty,
+    sample,
+    truncated_probabilities,
 )
 from .thinker import (
     Block,
@@ -132,6 +161,7 @@ __all__ = [
     "read_config",
     "TokenIdError",
     "check_token_ids",
+    "checked",
     "TokenEmbedding",
     "RMSNorm",
     "rope_frequencies",
@@ -139,13 +169,22 @@ __all__ = [
     "SwiGLU",
     "GELUMLP",
     "MoE",
+    "KVCache",
+    "init_cache",
     "make_attention_mask",
     "default_positions",
     "attend",
+    "simple_attention",
     "CausalSelfAttention",
     "Block",
     "ThinkerLM",
     "num_parameters",
+    "apply_repetition_penalty",
+    "truncated_probabilities",
+    "sample",
+    "Generation",
+    "generate",
+    "simple_inference",
     "cross_entropy",
     "next_token_loss",
     "grad_with_autograd_grad",
@@ -206,5 +245,12 @@ __all__ = [
     "load_weights",
     "export_weights",
     "save_checkpoint",
+    "Architecture",
+    "infer_config",
+    "find_config",
+    "Inspection",
+    "inspect_checkpoint",
+    "Manifest",
+    "convert_checkpoint",
     "BPETokenizer",
 ]

@@ -10,7 +10,9 @@ whatever that dtype is.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,15 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jax.experimental import checkify
+from jaxtyping import Array, Bool, Float, Int
 
 from .init import bias_default, embedding_default, linear_default
 
 __all__ = [
     "TokenIdError",
     "check_token_ids",
+    "checked",
     "statistics_dtype",
     "TokenEmbedding",
     "RMSNorm",
@@ -37,6 +41,11 @@ __all__ = [
 
 
 Arrays = TypeVar("Arrays", bound=tuple[Any, ...])
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+# Part of jit's cache key: a program traced without the checks is not reused with them.
+_checking = jax.make_user_context(default_value=False)
 
 
 class TokenIdError(ValueError, IndexError):
@@ -51,16 +60,58 @@ def check_token_ids(tokens: Int[Array | np.ndarray, "*N"], vocab_size: int, name
         ValueError: the ids are not integers.
     """
     ids = np.asarray(tokens)
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name} must hold integers, got {ids.dtype}; pass token ids")
+    _check_integers(ids.dtype, name)
     bad = (ids < 0) | (ids >= vocab_size)
     if bad.any():
         at = np.argwhere(bad)[0].tolist()
         place = f"[{', '.join(map(str, at))}]" if at else ""
-        raise TokenIdError(
-            f"{name}{place} = {int(ids[tuple(at)])} is not a token id of this model: allowed are 0 to {vocab_size - 1} "
-            f"(vocab_size={vocab_size}); encode with the tokenizer that belongs to the model"
-        )
+        raise TokenIdError(_not_an_id(f"{name}{place} = {int(ids[tuple(at)])}", vocab_size))
+
+
+def checked(fn: Callable[Given, Result]) -> Callable[Given, Result]:
+    """`fn` with the errors that cannot be raised inside jit, where else only NaN would tell.
+
+    A compiled program cannot raise: an id out of range gives NaN there, and so does a full cache. Here the program
+    hands out the first such fault, which is raised when the call is done. It is for finding a fault, not for speed:
+    `fn` is traced at every call. It may be jitted, or contain jitted functions and loops.
+
+    Raises:
+        TokenIdError: a token id out of range.
+        ValueError: a cache without room for the tokens.
+    """
+
+    @wraps(fn)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with _checking(True):
+            error, result = checkify.checkify(fn, errors=checkify.user_checks)(*args, **kwargs)
+        exception = error.get_exception()
+        for kind in (TokenIdError, ValueError):
+            # checkify carries text and numbers, no classes: ours start with the class's name.
+            head, found, text = str(exception).partition(f"{kind.__name__}: ")
+            if found and not head:
+                raise kind(text.removesuffix(" (`check` failed)"))
+        error.throw()
+        return result
+
+    return run
+
+
+def _check_inside(good: Bool[Array, ""], kind: type[ValueError], text: str, **numbers: Any) -> None:
+    """Under `checked`, `kind` with `text` where `good` is False; without it nothing at all enters the program."""
+    if _checking.value:
+        checkify.check(good, f"{kind.__name__}: {text}", **numbers)
+
+
+def _check_integers(dtype: Any, name: str) -> None:
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} must hold integers, got {dtype}; pass token ids")
+
+
+def _not_an_id(what: str, vocab_size: int) -> str:
+    return (
+        f"{what} is not a token id of this model: allowed are 0 to {vocab_size - 1} (vocab_size={vocab_size}); encode "
+        "with the tokenizer that belongs to the model"
+    )
 
 
 def statistics_dtype(dtype: Any) -> Any:
@@ -120,7 +171,8 @@ def _make_dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
 class TokenEmbedding(nnx.Embed):
     """Rows of a (V, D) table by token id.
 
-    Inside somebody's jit an id out of range gives a row of NaN (nnx.Embed alone lets −1 wrap to the last row).
+    Inside somebody's jit an id out of range gives a row of NaN (nnx.Embed alone lets −1 wrap to the last row);
+    `checked` makes that an error.
 
     Raises:
         TokenIdError: an id out of range where the ids are concrete.
@@ -142,11 +194,18 @@ class TokenEmbedding(nnx.Embed):
 
     def __call__(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Ids (*B, T) to their rows of the table: (*B, T, D)."""
-        if not isinstance(tokens, Tracer):
+        if isinstance(tokens, Tracer):
+            _check_integers(tokens.dtype, "tokens")
+        else:
             check_token_ids(tokens, self.num_embeddings)
         ids = jnp.asarray(tokens)
         if ids.dtype.itemsize < 4:
             ids = ids.astype(jnp.int32)  # room for vocab_size itself
+        if _checking.value:
+            ids_N = jnp.ravel(ids)
+            bad_N = (ids_N < 0) | (ids_N >= self.num_embeddings)
+            first = ids_N[jnp.argmax(bad_N)]
+            _check_inside(~jnp.any(bad_N), TokenIdError, _not_an_id("{id}", self.num_embeddings), id=first)
         table_VD = self.embedding[...]
         if self.dtype is not None:
             table_VD = table_VD.astype(self.dtype)

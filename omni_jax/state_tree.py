@@ -9,13 +9,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
 
 from .pt_archive import CheckpointError
 
-__all__ = ["is_array", "dtype_name", "plain_number", "plain_tree", "tree_digest"]
+__all__ = [
+    "is_array",
+    "dtype_name",
+    "count_not_finite",
+    "concatenate",
+    "plain_number",
+    "plain_tree",
+    "tree_digest",
+    "array_digest",
+]
 
 Array = Shaped[np.ndarray, "..."] | Shaped[jax.Array, "..."]
 
@@ -28,6 +38,17 @@ def is_array(value: object) -> bool:
 def dtype_name(value: Array) -> str:
     """The dtype's name of an array of any shape, the same in both twins: float32, bfloat16, int64, bool ..."""
     return value.dtype.name
+
+
+def count_not_finite(value: Array) -> int:
+    """How many entries, in an array of any shape, are NaN or infinite."""
+    array = np.asarray(value)
+    return int((~np.isfinite(array)).sum()) if jnp.issubdtype(array.dtype, jnp.inexact) else 0
+
+
+def concatenate(parts: list[Array]) -> Shaped[np.ndarray, "N ..."]:
+    """Arrays of equal shape but for the first axis, one after the other along it."""
+    return np.concatenate([np.asarray(part) for part in parts], axis=0)
 
 
 def plain_number(value: Any) -> Any:
@@ -78,6 +99,11 @@ def tree_digest(tree: Any) -> str:
     digest = hashlib.sha256()
     _feed(digest, "", tree)
     return digest.hexdigest()
+
+
+def array_digest(value: Array) -> str:
+    """SHA-256 of the values of an array of any shape: its bytes in C order, little-endian."""
+    return hashlib.sha256(_array_bytes(value)).hexdigest()
 
 
 def _feed(digest: Any, place: str, value: Any) -> None:

@@ -11,6 +11,7 @@ empty at dropout 0.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .attention import CausalSelfAttention, default_positions, make_attention_mask
+from .cache import KVCache, _CachedCall, _check_cache
 from .config import ThinkerConfig
 from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, _linear, _make_dropout, rope_frequencies
 
@@ -67,10 +69,14 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         cos_BTC: Float[Array, "#B T C"],
         sin_BTC: Float[Array, "#B T C"],
-        mask_BTS: Bool[Array, "#B T T"],
+        mask_BTS: Bool[Array, "#B T S"],
+        cache: Any = None,
     ) -> Float[Array, "B T D"]:
-        """x (B, T, D) with both branches added: (B, T, D); cos and sin (#B, T, C), mask (#B, T, T), #B being B or 1."""
-        y_BTD = self.attn(self.norm1(x_BTD), cos_BTC, sin_BTC, mask_BTS)
+        """x (B, T, D) with both branches added: (B, T, D); cos and sin (#B, T, C), mask (#B, T, S), #B being B or 1.
+
+        `cache` is what CausalSelfAttention takes.
+        """
+        y_BTD = self.attn(self.norm1(x_BTD), cos_BTC, sin_BTC, mask_BTS, cache)
         x_BTD = x_BTD + self.drop(checkpoint_name(y_BTD, f"{self.name}.attn"))
         branch, feed_forward = ("moe", self.moe) if self.use_moe else ("mlp", self.mlp)
         y_BTD = feed_forward(self.norm2(x_BTD))
@@ -159,6 +165,44 @@ class ThinkerLM(nnx.Module):
         graphdef, state = nnx.split(shapes)
         return nnx.merge(graphdef, _draw(state, key, rngs))
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        config: ThinkerConfig | str | os.PathLike[str] | None = None,
+        n_heads: int | None = None,
+        rngs: nnx.Rngs | None = None,
+        dtype: Any = None,
+        param_dtype: Any = None,
+    ) -> ThinkerLM:
+        """The model in a checkpoint file, or in the best one of a folder; in evaluation mode, so that dropout is off.
+
+        Its config is the one given, or that of a file (`config`), or the one beside the checkpoint, or what the shapes
+        tell, with `n_heads` as a hint. `param_dtype=None` is the file's own.
+
+        Raises:
+            CheckpointError: the file cannot be read, or its weights are not those of such a model.
+            ValueError: nothing tells n_heads, the config is that of another model, or the file is in float64, and JAX
+                is not.
+        """
+        from .architecture import read_model
+        from .checkpoint import load_weights
+
+        checkpoint, found, stored = read_model(path, config, n_heads)
+        param_dtype = jnp.dtype(stored if param_dtype is None else param_dtype)
+        if param_dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+            raise ValueError(
+                f"checkpoint {os.fspath(path)!r} holds float64, and JAX is set to 32 bits: pass "
+                "param_dtype=jnp.float32, or call within jax.enable_x64(True)"
+            )
+        weights = checkpoint.model
+        if param_dtype.name != stored:
+            weights = {key: np.asarray(value).astype(param_dtype) for key, value in weights.items()}
+        model = cls.from_config(found.config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        load_weights(model, weights).eval()
+        return model
+
     def __call__(
         self,
         tokens: Int[Array, "B T"] | None = None,
@@ -166,27 +210,44 @@ class ThinkerLM(nnx.Module):
         embeddings: Float[Array, "B T D"] | None = None,
         attention_mask: Bool[Array, "B T"] | Bool[Array, "B T T"] | None = None,
         positions: Int[Array, "B T"] | Int[Array, " T"] | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits for the token after each position.
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Any:
+        """Logits (B, T, V) for the token after each position; with `cache`, (logits, cache).
 
         Takes token ids, or instead embeddings (B, T, D), which stand for the output of `tok_emb`. `attention_mask` is
         True where a key may be seen, always combined with the causal mask. `positions` default to the number of kept
         tokens before each token; given ones may lie beyond ctx_len.
 
+        `cache` (see init_cache) holds the tokens before these, which then see them too, and comes back with these in
+        it: a text may come in chunks of any length. `attention_mask` is then (B, T), and marks padding among the new
+        tokens. `last_only` gives the logits of the last position alone, (B, 1, V).
+
         Raises:
             ValueError: both or neither of tokens and embeddings; wrong rank, width, dtype or mask shape; more tokens
-                than ctx_len without positions.
+                than ctx_len without positions; a cache made for another model or batch, or full (inside jit: NaN,
+                and the cache as it was).
             TokenIdError: a token id out of range (inside jit: a row of NaN).
         """
         x_BTD = self._embed(tokens, embeddings)
         B, T, _ = x_BTD.shape
-        mask_BTS = make_attention_mask(B, T, attention_mask)
-        positions_BT = self._positions(B, T, attention_mask, positions)
+        if cache is not None:
+            _check_cache(cache, self, B, T, attention_mask)
+            call = _CachedCall(cache, T, attention_mask)
+            mask_BTS, layers = call.mask(), call.layers
+            positions_BT = call.positions_BT if positions is None else self._positions(B, T, None, positions)
+        else:
+            call, layers = None, [None] * len(self.blocks)
+            mask_BTS = make_attention_mask(B, T, attention_mask)
+            positions_BT = self._positions(B, T, attention_mask, positions)
         config = self.config
         cos_BTC, sin_BTC = rope_frequencies(positions_BT, config.head_dim, config.rope_theta, x_BTD.dtype)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, cos_BTC, sin_BTC, mask_BTS)
-        return self.lm_head(checkpoint_name(self.norm(x_BTD), "norm"))
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x_BTD = block(x_BTD, cos_BTC, sin_BTC, mask_BTS, layer)
+        if last_only:
+            x_BTD = x_BTD[:, -1:]
+        logits_BTV = self.lm_head(checkpoint_name(self.norm(x_BTD), "norm"))
+        return logits_BTV if call is None else (call.mark(logits_BTV), call.finish())
 
     def _embed(self, tokens: Any, embeddings: Any) -> Array:
         if (tokens is None) == (embeddings is None):

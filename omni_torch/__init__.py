@@ -11,11 +11,17 @@ Example:
 
 from __future__ import annotations
 
+from .architecture import (
+    Architecture,
+    find_config,
+    infer_config,
+)
 from .attention import (
     CausalSelfAttention,
     attend,
     default_positions,
     make_attention_mask,
+    simple_attention,
 )
 from .autodiff import (
     grad_with_autograd_grad,
@@ -26,6 +32,10 @@ from .autodiff import (
     per_example_grads,
     value_and_grad,
     vjp,
+)
+from .cache import (
+    KVCache,
+    init_cache,
 )
 from .checkpoint import (
     Checkpoint,
@@ -45,6 +55,10 @@ from .config import (
     ThinkerConfig,
     read_config,
 )
+from .conversion import (
+    Manifest,
+    convert_checkpoint,
+)
 from .data import (
     NextTokenDataset,
     PaddedBatch,
@@ -57,6 +71,11 @@ from .data import (
     token_batch,
     token_stream,
 )
+from .generation import (
+    Generation,
+    generate,
+    simple_inference,
+)
 from .init import (
     bias_default_,
     default_init_,
@@ -66,6 +85,10 @@ from .init import (
     kaiming_uniform_,
     linear_default_,
     xavier_uniform_,
+)
+from .inspection import (
+    Inspection,
+    inspect_checkpoint,
 )
 from .layers import (
     GELUMLP,
@@ -92,6 +115,11 @@ from .optim import (
     global_norm,
     init_adamw_state,
     warmup_cosine,
+)
+from .sampling import (
+    apply_repetition_penalty,
+    sample,
+    truncated_probabilities,
 )
 from .thinker import (
     Block,
@@ -137,13 +165,22 @@ __all__ = [
     "SwiGLU",
     "GELUMLP",
     "MoE",
+    "KVCache",
+    "init_cache",
     "make_attention_mask",
     "default_positions",
     "attend",
+    "simple_attention",
     "CausalSelfAttention",
     "Block",
     "ThinkerLM",
     "num_parameters",
+    "apply_repetition_penalty",
+    "truncated_probabilities",
+    "sample",
+    "Generation",
+    "generate",
+    "simple_inference",
     "cross_entropy",
     "next_token_loss",
     "grad_with_autograd_grad",
@@ -204,5 +241,12 @@ __all__ = [
     "load_weights",
     "export_weights",
     "save_checkpoint",
+    "Architecture",
+    "infer_config",
+    "find_config",
+    "Inspection",
+    "inspect_checkpoint",
+    "Manifest",
+    "convert_checkpoint",
     "BPETokenizer",
 ]

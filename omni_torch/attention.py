@@ -1,7 +1,7 @@
 """Causal self-attention over all heads, or with key/value heads shared by groups of query heads (GQA).
 
-Shapes: B batch, T query time, S key time (S = T here), D model, H heads, K key/value heads, G = H/K query heads per
-key/value head, d head size, C = d/2 channel pairs of RoPE.
+Shapes: B batch, T query time, S key time (T without a cache), D model, H heads, K key/value heads, G = H/K query heads
+per key/value head, d head size, C = d/2 channel pairs of RoPE.
 
 Masks are boolean, True where a query may see a key. A query that sees no key gets zeros, and hands zeros back.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .layers import apply_rope, statistics_dtype
 
-__all__ = ["make_attention_mask", "default_positions", "attend", "CausalSelfAttention"]
+__all__ = ["make_attention_mask", "default_positions", "attend", "simple_attention", "CausalSelfAttention"]
 
 
 def make_attention_mask(
@@ -103,23 +104,41 @@ def _attend_fused(
     q_BTHd: Float[Tensor, "B T H d"],
     k_BSKd: Float[Tensor, "B S K d"],
     v_BSKd: Float[Tensor, "B S K d"],
-    mask_BTS: Bool[Tensor, "#B T S"],
+    mask_BTS: Bool[Tensor, "#B T S"] | None,
 ) -> Float[Tensor, "B T H d"]:
-    """The same by torch's fused kernels."""
+    """The same by torch's fused kernels; without a mask every query sees every key."""
     # What a kernel gives for a row without a key depends on the kernel (NaN, zeros, mean of v): such a row sees
     # every key here, and is zeroed afterwards, which zeroes its gradient too.
-    seen_BT1 = mask_BTS.any(dim=-1, keepdim=True)
+    seen_BT1 = seen_BTS = None
+    if mask_BTS is not None:
+        seen_BT1 = mask_BTS.any(dim=-1, keepdim=True)
+        seen_BTS = mask_BTS | ~seen_BT1
     y_BHTd = F.scaled_dot_product_attention(
         q_BTHd.transpose(1, 2),
         k_BSKd.transpose(1, 2),
         v_BSKd.transpose(1, 2),
-        attn_mask=(mask_BTS | ~seen_BT1)[:, None],
+        attn_mask=None if seen_BTS is None else seen_BTS[:, None],
         dropout_p=0.0,
         is_causal=False,  # the mask says it; is_causal aligns a non-square mask at the top left
         scale=1.0 / math.sqrt(q_BTHd.shape[-1]),
         enable_gqa=q_BTHd.shape[2] != k_BSKd.shape[2],
     )
-    return y_BHTd.transpose(1, 2).masked_fill(~seen_BT1[..., None], 0.0)
+    y_BTHd = y_BHTd.transpose(1, 2)
+    return y_BTHd if seen_BT1 is None else y_BTHd.masked_fill(~seen_BT1[..., None], 0.0)
+
+
+def simple_attention(
+    query: Float[Tensor, "*B T d"], key: Float[Tensor, "*B S d"], value: Float[Tensor, "*B S D"]
+) -> tuple[Float[Tensor, "*B T D"], Float[Tensor, "*B T S"]]:
+    """softmax(query·keyᵀ / √d)·value over any leading axes *B, without a mask: (output, weights).
+
+    weights[t, s] is how much query t takes from value s; each query's weights sum to 1.
+
+    Source: Vaswani et al., arXiv 1706.03762, equation 1.
+    """
+    scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]))
+    weights = torch.softmax(scores, dim=-1)
+    return weights @ value, weights
 
 
 class CausalSelfAttention(nn.Module):
@@ -152,15 +171,22 @@ class CausalSelfAttention(nn.Module):
         x_BTD: Float[Tensor, "B T D"],
         cos_BTC: Float[Tensor, "#B T C"],
         sin_BTC: Float[Tensor, "#B T C"],
-        mask_BTS: Bool[Tensor, "#B T T"],
+        mask_BTS: Bool[Tensor, "#B T S"] | None,
+        cache: Any = None,
     ) -> Float[Tensor, "B T D"]:
-        """Attention of x (B, T, D) to itself: (B, T, D); cos and sin (#B, T, C), mask (#B, T, T), #B being B or 1."""
+        """Attention of x (B, T, D) to itself: (B, T, D); cos and sin (#B, T, C), mask (#B, T, S), #B being B or 1.
+
+        `cache`, this layer's part of a call on a KVCache, takes the new keys and values and gives those to attend to.
+        Without dropout the mask may be None: every query sees every key.
+        """
         B, T, D = x_BTD.shape
         q, k, v = (self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)) if self.use_gqa else self.qkv(x_BTD).chunk(3, dim=-1)
         q_BTHd = apply_rope(q.reshape(B, T, self.n_heads, self.head_dim), cos_BTC, sin_BTC)
         k_BSKd = apply_rope(k.reshape(B, T, self.kv_heads, self.head_dim), cos_BTC, sin_BTC)
         v_BSKd = v.reshape(B, T, self.kv_heads, self.head_dim)
-        if self.training and self.drop.p > 0.0:
+        if cache is not None:
+            k_BSKd, v_BSKd = cache.store(k_BSKd, v_BSKd)
+        if self.training and self.drop.p > 0.0 and mask_BTS is not None:
             y_BTHd = attend(q_BTHd, k_BSKd, v_BSKd, mask_BTS, dropout=self.drop)
         else:
             y_BTHd = _attend_fused(q_BTHd, k_BSKd, v_BSKd, mask_BTS)

@@ -14,7 +14,16 @@ from jaxtyping import Shaped
 
 from .pt_archive import CheckpointError
 
-__all__ = ["is_array", "dtype_name", "plain_number", "plain_tree", "tree_digest"]
+__all__ = [
+    "is_array",
+    "dtype_name",
+    "count_not_finite",
+    "concatenate",
+    "plain_number",
+    "plain_tree",
+    "tree_digest",
+    "array_digest",
+]
 
 Tensor = Shaped[torch.Tensor, "..."]
 
@@ -27,6 +36,16 @@ def is_array(value: object) -> bool:
 def dtype_name(value: Tensor) -> str:
     """The dtype's name of an array of any shape, the same in both twins: float32, bfloat16, int64, bool ..."""
     return str(value.dtype).removeprefix("torch.")
+
+
+def count_not_finite(value: Tensor) -> int:
+    """How many entries, in a tensor of any shape, are NaN or infinite."""
+    return int((~torch.isfinite(value)).sum()) if value.is_floating_point() or value.is_complex() else 0
+
+
+def concatenate(parts: list[Tensor]) -> Shaped[torch.Tensor, "N ..."]:
+    """Tensors of equal shape but for the first axis, one after the other along it."""
+    return torch.cat(parts, dim=0)
 
 
 def plain_number(value: Any) -> Any:
@@ -75,6 +94,11 @@ def tree_digest(tree: Any) -> str:
     digest = hashlib.sha256()
     _feed(digest, "", tree)
     return digest.hexdigest()
+
+
+def array_digest(value: Tensor) -> str:
+    """SHA-256 of the values of an array of any shape: its bytes in C order, little-endian."""
+    return hashlib.sha256(_array_bytes(value)).hexdigest()
 
 
 def _feed(digest: Any, place: str, value: Any) -> None:

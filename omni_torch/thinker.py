@@ -6,11 +6,15 @@ pairs of RoPE.
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .attention import CausalSelfAttention, default_positions, make_attention_mask
+from .cache import KVCache, _CachedCall, _check_cache
 from .config import ThinkerConfig
 from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, rope_frequencies
 
@@ -48,10 +52,14 @@ class Block(nn.Module):
         x_BTD: Float[Tensor, "B T D"],
         cos_BTC: Float[Tensor, "#B T C"],
         sin_BTC: Float[Tensor, "#B T C"],
-        mask_BTS: Bool[Tensor, "#B T T"],
+        mask_BTS: Bool[Tensor, "#B T S"] | None,
+        cache: Any = None,
     ) -> Float[Tensor, "B T D"]:
-        """x (B, T, D) with both branches added: (B, T, D); cos and sin (#B, T, C), mask (#B, T, T), #B being B or 1."""
-        x_BTD = x_BTD + self.drop(self.attn(self.norm1(x_BTD), cos_BTC, sin_BTC, mask_BTS))
+        """x (B, T, D) with both branches added: (B, T, D); cos and sin (#B, T, C), mask (#B, T, S), #B being B or 1.
+
+        `mask_BTS` and `cache` are what CausalSelfAttention takes.
+        """
+        x_BTD = x_BTD + self.drop(self.attn(self.norm1(x_BTD), cos_BTC, sin_BTC, mask_BTS, cache))
         feed_forward = self.moe if self.use_moe else self.mlp
         return x_BTD + self.drop(feed_forward(self.norm2(x_BTD)))
 
@@ -112,6 +120,33 @@ class ThinkerLM(nn.Module):
         """The model that `config` describes, with fresh weights."""
         return cls(**config.to_dict())
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        config: ThinkerConfig | str | os.PathLike[str] | None = None,
+        n_heads: int | None = None,
+    ) -> ThinkerLM:
+        """The model in a checkpoint file, or in the best one of a folder; in evaluation mode, so that dropout is off.
+
+        Its config is the one given, or that of a file (`config`), or the one beside the checkpoint, or what the shapes
+        tell, with `n_heads` as a hint. It has the file's dtype, and is on the CPU.
+
+        Raises:
+            CheckpointError: the file cannot be read, or its weights are not those of such a model.
+            ValueError: nothing tells n_heads, or the config is that of another model.
+        """
+        from .architecture import read_model
+        from .checkpoint import load_weights
+
+        checkpoint, found, stored = read_model(path, config, n_heads)
+        # The first weights are thrown away, so nobody's random numbers are used up. (Without values, on the device
+        # "meta", it would take longer: torch then imports sympy.)
+        with torch.random.fork_rng(devices=[]):
+            model = cls.from_config(found.config)
+        return load_weights(model.to(getattr(torch, stored)), checkpoint).eval()
+
     def forward(
         self,
         tokens: Int[Tensor, "B T"] | None = None,
@@ -119,27 +154,49 @@ class ThinkerLM(nn.Module):
         embeddings: Float[Tensor, "B T D"] | None = None,
         attention_mask: Bool[Tensor, "B T"] | Bool[Tensor, "B T T"] | None = None,
         positions: Int[Tensor, "B T"] | Int[Tensor, " T"] | None = None,
-    ) -> Float[Tensor, "B T V"]:
-        """Logits for the token after each position.
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Any:
+        """Logits (B, T, V) for the token after each position; with `cache`, (logits, cache).
 
         Takes token ids, or instead embeddings (B, T, D), which stand for the output of `tok_emb`. `attention_mask` is
         True where a key may be seen, always combined with the causal mask. `positions` default to the number of kept
         tokens before each token; given ones may lie beyond ctx_len.
 
+        `cache` (see init_cache) holds the tokens before these, which then see them too, and comes back with these in
+        it: a text may come in chunks of any length. `attention_mask` is then (B, T), and marks padding among the new
+        tokens. `last_only` gives the logits of the last position alone, (B, 1, V).
+
         Raises:
             ValueError: both or neither of tokens and embeddings; wrong rank, width, dtype or mask shape; more tokens
-                than ctx_len without positions.
+                than ctx_len without positions; a cache made for another model or batch, or full.
             TokenIdError: a token id out of range.
         """
         x_BTD = self._embed(tokens, embeddings)
         B, T, _ = x_BTD.shape
-        mask_BTS = make_attention_mask(B, T, attention_mask, device=x_BTD.device)
-        positions_BT = self._positions(B, T, attention_mask, positions, x_BTD.device)
+        if cache is not None:
+            _check_cache(cache, self, B, T, attention_mask)
+            call = _CachedCall(cache, T, attention_mask)
+            mask_BTS, layers = call.mask(), call.layers
+            # A mask costs the kernels more than one look here; its values are not known inside torch.compile.
+            if T == 1 and not self.training and not torch.compiler.is_compiling() and bool(mask_BTS.all()):
+                mask_BTS = None
+            if positions is None:
+                positions_BT = call.positions_BT
+            else:
+                positions_BT = self._positions(B, T, None, positions, x_BTD.device)
+        else:
+            call, layers = None, [None] * len(self.blocks)
+            mask_BTS = make_attention_mask(B, T, attention_mask, device=x_BTD.device)
+            positions_BT = self._positions(B, T, attention_mask, positions, x_BTD.device)
         config = self.config
         cos_BTC, sin_BTC = rope_frequencies(positions_BT, config.head_dim, config.rope_theta, x_BTD.dtype)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, cos_BTC, sin_BTC, mask_BTS)
-        return self.lm_head(self.norm(x_BTD))
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x_BTD = block(x_BTD, cos_BTC, sin_BTC, mask_BTS, layer)
+        if last_only:
+            x_BTD = x_BTD[:, -1:]
+        logits_BTV = self.lm_head(self.norm(x_BTD))
+        return logits_BTV if call is None else (logits_BTV.detach(), call.finish())
 
     def _embed(self, tokens: Tensor | None, embeddings: Tensor | None) -> Tensor:
         if (tokens is None) == (embeddings is None):

@@ -6,13 +6,14 @@ inside and walks out of bounds where they lie.
 
 from __future__ import annotations
 
+import codecs
 import io
 import math
 import operator
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,7 @@ __all__ = ["BPETokenizer"]
 _PAD, _BOS, _EOS, _UNK = 0, 1, 2, 3  # the family's ids; SentencePiece's own defaults are -1, 1, 2, 0
 _LARGEST_FILE = 64 << 20  # bytes; a model of 256,000 pieces has 5 MB
 _LONGEST_LINE = 1 << 30  # bytes; SentencePiece silently skips training lines beyond its default of 4,192
+_SPACE = "\u2581"  # how a piece writes the space
 
 
 class BPETokenizer:
@@ -45,10 +47,10 @@ class BPETokenizer:
         if len(model) > _LARGEST_FILE:
             raise ValueError(f"{name} is larger than {_LARGEST_FILE} bytes; give a SentencePiece .model file")
         try:
-            pieces = _check_model(model)
+            self._facts = _check_model(model)
             self._processor = _load_processor(model)
-            if self._processor.vocab_size() != pieces:
-                raise _BadModel(f"{pieces} pieces were read as {self._processor.vocab_size()}")
+            if self._processor.vocab_size() != self._facts.pieces:
+                raise _BadModel(f"{self._facts.pieces} pieces were read as {self._processor.vocab_size()}")
         except _BadModel as bad:
             raise ValueError(
                 f"{name} is not a usable SentencePiece BPE model: {bad}; "
@@ -65,7 +67,7 @@ class BPETokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of token ids; valid ids are 0 to vocab_size - 1."""
-        return int(self._processor.vocab_size())
+        return self._facts.pieces
 
     @property
     def pad_id(self) -> int:
@@ -82,8 +84,10 @@ class BPETokenizer:
         """The id that ends a text, 2."""
         return _EOS
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without BOS and EOS.
+    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
+        """Token ids of `text`; `add_bos` puts BOS before them, `add_eos` EOS after them.
+
+        The text itself never gives a special id: "<s>" in it is spelt as any three characters.
 
         Raises:
             ValueError: `text` is not a str, or holds half of a surrogate pair, which UTF-8 cannot express.
@@ -97,7 +101,7 @@ class BPETokenizer:
                 f"text[{bad.start}] is the lone surrogate {text[bad.start]!r}, which is no character; "
                 "read the text as UTF-8, or replace it with text.encode('utf-8', 'replace')"
             ) from None
-        return list(self._processor.encode(text))
+        return [_BOS] * bool(add_bos) + list(self._processor.encode(text)) + [_EOS] * bool(add_eos)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the token ids; PAD, BOS and EOS add nothing, bytes that are not UTF-8 become U+FFFD.
@@ -108,7 +112,53 @@ class BPETokenizer:
         Raises:
             TokenIdError: an id is not an integer in 0 .. vocab_size - 1.
         """
-        checked: list[int] = []
+        checked = list(self._checked(ids))
+        return self._processor.decode(checked) if checked else ""
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `decode(ids)` in pieces, each as soon as the ids taken so far settle it.
+
+        The pieces are not empty, never hold a part of a character (a Unicode code point), and join to exactly
+        decode(ids), whatever the ids. A byte is held back only while it may still begin a character. Ids are taken one
+        at a time; the cost is linear in their number. A model with a denormalisation table, which may rewrite text
+        over any distance, gives everything at the end.
+
+        Raises:
+            TokenIdError: as `decode`, when the wrong id is reached.
+        """
+        if self._facts.denormalizes:
+            pieces = (self.decode(given) for given in [ids])  # not before the first piece is asked for
+        else:
+            pieces = self._pieces(self._checked(ids))
+        return (piece for piece in pieces if piece)
+
+    def _pieces(self, ids: Iterator[int]) -> Iterator[str]:
+        """What each id adds to the text, by the rules of SentencePiece's Decode."""
+        processor, facts = self._processor, self._facts
+        run = _ByteRun()
+        # Such a model begins every text with a space of its own, which does not belong to the text.
+        at_start = facts.adds_space or facts.trims_spaces
+        for number in ids:
+            if processor.is_byte(number):
+                at_start = False
+                yield run.add(int(processor.id_to_piece(number)[1:5], 16))  # "<0xE2>"
+                continue
+            yield run.end()
+            if processor.is_control(number):
+                continue
+            if processor.is_unknown(number):
+                text, dropped = processor.decode([number]), False
+            else:
+                piece = processor.id_to_piece(number)
+                dropped = at_start and piece.startswith(_SPACE)
+                text = piece[dropped:].replace(_SPACE, " ")
+            yield text
+            # Trimming goes on up to the first text; a space that was added is only one.
+            at_start = at_start and not text and not (dropped and not facts.trims_spaces)
+        yield run.end()
+
+    def _checked(self, ids: Iterable[int]) -> Iterator[int]:
+        """`ids` as integers, each looked at when it is taken."""
         for position, value in enumerate(ids):
             try:
                 number = None if isinstance(value, bool | np.bool_) else operator.index(value)
@@ -116,13 +166,12 @@ class BPETokenizer:
                 number = None
             if number is None:
                 raise TokenIdError(f"ids[{position}] = {value!r} is not an integer; give one flat list of token ids")
-            if not 0 <= number < self.vocab_size:
+            if not 0 <= number < self._facts.pieces:
                 raise TokenIdError(
-                    f"ids[{position}] = {number} is not a token id; allowed are 0 to {self.vocab_size - 1}; "
+                    f"ids[{position}] = {number} is not a token id; allowed are 0 to {self._facts.pieces - 1}; "
                     "use the tokenizer that the ids were made with"
                 )
-            checked.append(number)
-        return self._processor.decode(checked) if checked else ""
+            yield number
 
     @classmethod
     def train(
@@ -185,6 +234,28 @@ class BPETokenizer:
         return f"BPETokenizer(vocab_size={self.vocab_size})"
 
 
+class _ByteRun:
+    """The characters of bytes that come one at a time; U+FFFD for each byte that is part of none."""
+
+    def __init__(self) -> None:
+        # "surrogateescape" gives one character for each wrong byte ("replace" may give one for several).
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+
+    def add(self, byte: int) -> str:
+        """What this byte settles."""
+        text = self._utf8.decode(bytes([byte]))
+        # Python waits for the third byte of a surrogate, which would be as wrong.
+        return self._replaced(text) + (self.end() if b"\xed\xa0" <= self._utf8.getstate()[0] < b"\xee" else "")
+
+    def end(self) -> str:
+        """What the bytes held back are when no other follows."""
+        return self._replaced(self._utf8.decode(b"", final=True))
+
+    @staticmethod
+    def _replaced(text: str) -> str:
+        return "".join("\ufffd" if "\udc80" <= c <= "\udcff" else c for c in text)
+
+
 def _write(stream: BinaryIO, data: bytes) -> None:
     stream.write(data)
 
@@ -208,14 +279,26 @@ def _load_processor(model: bytes):
 # The fields of sentencepiece_model.proto that decide what the C++ code reads where.
 _PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
 _MODEL_TYPE_BPE = 2
+_CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 2, 3, 4  # in the two normalisers
 _UNKNOWN, _CONTROL, _BYTE = 2, 3, 6  # piece types; 1 normal, 4 user-defined, 5 unused
 
 
-def _check_model(model: bytes) -> int:
-    """The number of pieces; raises _BadModel unless the protocol buffer is a well-formed BPE model."""
+class _Facts(NamedTuple):
+    """What decoding needs to know of a model."""
+
+    pieces: int
+    adds_space: bool  # a space before every text ("dummy prefix")
+    trims_spaces: bool
+    denormalizes: bool
+
+
+def _check_model(model: bytes) -> _Facts:
+    """What the model is; raises _BadModel unless the protocol buffer is a well-formed BPE model."""
     seen: set[bytes] = set()
     types: dict[int, int] = {}
     model_type: int | None = None
+    flags = {_ADD_DUMMY_PREFIX: True, _REMOVE_EXTRA_WHITESPACES: True}  # where the file does not say
+    denormalizes = False
     for field, value in _fields(model):
         if field not in range(1, 6) or not isinstance(value, bytes):
             raise _BadModel(f"it has the unknown field {field}")
@@ -231,9 +314,12 @@ def _check_model(model: bytes) -> int:
                 if inner == 3:  # model_type
                     model_type = number if isinstance(number, int) else None
         elif field in (_NORMALIZER, _DENORMALIZER):
-            for inner, table in _fields(value):
-                if inner == 2:  # precompiled_charsmap
-                    _check_charsmap(table)
+            for inner, setting in _fields(value):
+                if inner == _CHARSMAP:
+                    _check_charsmap(setting)
+                    denormalizes = bool(setting) if field == _DENORMALIZER else denormalizes
+                elif field == _NORMALIZER and inner in flags and isinstance(setting, int):
+                    flags[inner] = bool(setting)
     if not seen:
         raise _BadModel("it has no pieces")
     if model_type != _MODEL_TYPE_BPE:
@@ -242,7 +328,7 @@ def _check_model(model: bytes) -> int:
         raise _BadModel(f"it has {types.get(_UNKNOWN, 0)} unknown pieces instead of 1")
     if types.get(_BYTE, 0) not in (0, 256):
         raise _BadModel(f"it has {types.get(_BYTE, 0)} byte pieces instead of 0 or 256")
-    return len(seen)
+    return _Facts(len(seen), flags[_ADD_DUMMY_PREFIX], flags[_REMOVE_EXTRA_WHITESPACES], denormalizes)
 
 
 def _check_piece(index: int, message: bytes) -> tuple[bytes, int]:

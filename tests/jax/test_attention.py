@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from omni_jax.attention import CausalSelfAttention, attend, default_positions, make_attention_mask
+from omni_jax.attention import (
+    CausalSelfAttention,
+    _attend_one,
+    attend,
+    default_positions,
+    make_attention_mask,
+    simple_attention,
+)
 from omni_jax.layers import rope_frequencies
 
 B, T, H, D = 2, 7, 6, 4
@@ -177,3 +184,34 @@ def test_dropout_only_in_training_and_on_the_probabilities() -> None:
     q, k, v = draw(dtype=jnp.float32)
     attend(q, k, v, mask, dropout=lambda p: seen.append((p.shape, float(p.sum(-1).max()))) or p)
     assert seen[0][0] == (B, 3, 2, T, T)
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_simple_attention(x64, leading) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(*leading, n, width)) for n, width in ((5, 8), (7, 8), (7, 3)))
+    output, weights = simple_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
+    assert output.shape == (*leading, 5, 3)
+    assert weights.shape == (*leading, 5, 7)
+    e = np.exp(q @ np.swapaxes(k, -2, -1) / np.sqrt(8))
+    expected = e / e.sum(axis=-1, keepdims=True)
+    eps = np.finfo(np.float64).eps
+    assert np.abs(np.asarray(weights).sum(axis=-1) - 1).max() <= 7 * eps
+    assert np.abs(weights - expected).max() <= 8 * 4 * eps
+    assert np.abs(output - expected @ v).max() <= 8 * 7 * eps * np.abs(v).max()
+
+
+def test_one_query_is_the_same_by_products_and_sums(x64) -> None:
+    """With a hole, a row without a key, and a score whose exponential would overflow."""
+    mask = holes()[:, None]
+    mask[0] = False
+    for kv_heads, size in ((1, 1.0), (3, 30.0)):
+        q, k, v = draw(kv_heads, size=size)
+        one, all_at_once = (f(q[:, -1:], k, v, jnp.asarray(mask)) for f in (_attend_one, attend))
+        assert not one[0].any()
+        eps = float(jnp.finfo(jnp.float64).eps)
+        # exp turns the rounding of a score, sums of D terms of up to size², into a relative error.
+        bound = (D + T) * eps * float(jnp.abs(v).max()) * max(1.0, float(jnp.abs(q).max() * jnp.abs(k).max()) * D)
+        assert float(jnp.abs(one - all_at_once).max()) <= bound
+    q, k, v = draw(3, jnp.bfloat16)
+    assert _attend_one(q[:, -1:], k, v, jnp.asarray(mask)).dtype == jnp.bfloat16

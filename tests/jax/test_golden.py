@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from omni_jax.cache import init_cache
 from omni_jax.config import ThinkerConfig
 from omni_jax.losses import cross_entropy
 from omni_jax.optim import adamw_step, clip_grad_norm, init_adamw_state, warmup_cosine
@@ -99,6 +100,21 @@ def test_greedy_by_full_forwards(golden, model) -> None:
         assert_golden(last, step, f"logits after {tokens.shape[1]} tokens")
         tokens = np.append(tokens, [[int(jnp.argmax(last))]], axis=1)
     assert tokens[0].tolist() == expected.tolist()
+
+
+def test_greedy_by_cached_steps(golden, model) -> None:
+    graphdef, params = model
+    run = jax.jit(lambda params, tokens, cache: nnx.merge(graphdef, params)(tokens, cache=cache, last_only=True))
+    expected = golden["x/greedy"].tolist()
+    steps = golden["x/greedy_step_logits"]
+    prompt = expected[: len(expected) - len(steps)]
+    tokens, fed, cache = [*prompt], 0, init_cache(nnx.merge(graphdef, params), 1, len(expected))
+    for step in steps:
+        logits, cache = run(params, jnp.asarray([tokens[fed:]]), cache)
+        assert_golden(logits[0, 0], step, f"logits after {len(tokens)} tokens")
+        fed = len(tokens)
+        tokens.append(int(jnp.argmax(logits[0, 0])))
+    assert tokens == expected
 
 
 def test_four_steps_of_the_recipe(golden, model) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import checkify
 
 from omni_jax.layers import (
     GELUMLP,
@@ -19,6 +20,7 @@ from omni_jax.layers import (
     TokenIdError,
     apply_rope,
     check_token_ids,
+    checked,
     rope_frequencies,
     statistics_dtype,
 )
@@ -93,6 +95,45 @@ def test_embedding_inside_jit_gives_nan_rows(dtype) -> None:
     rows = jax.jit(lambda tokens: embedding(tokens))(tokens)
     assert jnp.isnan(rows).all(axis=-1).tolist() == [[True, True, True, True, False, False]]
     assert jnp.array_equal(rows[0, 4:], embedding.embedding[...][jnp.array([99, 0])])
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])
+def test_embedding_under_checked_raises(dtype) -> None:
+    """Also where the program was compiled without the checks before, in a loop, and for a batch."""
+    embedding = TokenEmbedding(200, 4, rngs=nnx.Rngs(0))
+    run = jax.jit(lambda tokens: embedding(tokens))
+    looped = jax.jit(lambda rows: jax.lax.map(embedding, rows))
+    bad = 255 if dtype == jnp.uint8 else -7
+    good, tokens = (jnp.array([[3, x], [99, 0]]).astype(dtype) for x in (4, bad))
+    assert jnp.isnan(run(tokens)).any()
+    for fn in (run, looped, jax.jit(jax.vmap(embedding)), jax.vmap(run)):
+        assert jnp.array_equal(checked(fn)(good), run(good))
+        with pytest.raises(TokenIdError, match=rf"{bad} is not a token id of this model: allowed are 0 to 199"):
+            checked(fn)(tokens)
+    assert jnp.isnan(run(tokens)).any()
+
+
+def test_checked_changes_nothing_else() -> None:
+    embedding = TokenEmbedding(7, 4, rngs=nnx.Rngs(0))
+    tokens = jnp.array([[6, 0]])
+
+    graphdef, params = nnx.split(embedding, nnx.Param)
+
+    def loss(params, scale):
+        return jnp.sum(jnp.square(nnx.merge(graphdef, params)(tokens))) * scale
+
+    plain = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, checked(plain)(params, 3.0), plain(params, 3.0)))
+    assert "check" not in str(jax.make_jaxpr(lambda tokens: embedding(tokens))(tokens))
+
+    def own(x):
+        checkify.check(x > 0, "not positive: {x}", x=x)
+        return x
+
+    with pytest.raises(checkify.JaxRuntimeError, match="not positive: -1"):  # the caller's own checks stay his
+        checked(jax.jit(own))(-1)
+    with pytest.raises(ValueError, match="must hold integers, got float32"):
+        jax.jit(embedding)(jnp.ones((1, 2)))
 
 
 def test_embedding_has_no_padding_row() -> None:

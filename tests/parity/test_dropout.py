@@ -210,7 +210,7 @@ def test_attention_without_dropout_is_seen(monkeypatch, config):
 
 @pytest.mark.parametrize("config", SMALL)
 def test_a_branch_without_dropout_is_seen_and_where_it_parts(monkeypatch, config):
-    def forward(self, x, cos, sin, mask):
+    def forward(self, x, cos, sin, mask, cache=None):
         x = x + self.drop(self.attn(self.norm1(x), cos, sin, mask))
         return x + (self.moe if self.use_moe else self.mlp)(self.norm2(x))
 
@@ -222,7 +222,7 @@ def test_a_branch_without_dropout_is_seen_and_where_it_parts(monkeypatch, config
 
 
 def test_dropout_of_the_stream_instead_of_the_branch_is_seen(monkeypatch):
-    def forward(self, x, cos, sin, mask):
+    def forward(self, x, cos, sin, mask, cache=None):
         x = self.drop(x + self.attn(self.norm1(x), cos, sin, mask))
         return self.drop(x + self.mlp(self.norm2(x)))
 

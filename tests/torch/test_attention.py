@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from omni_torch import attention
-from omni_torch.attention import CausalSelfAttention, attend, default_positions, make_attention_mask
+from omni_torch.attention import (
+    CausalSelfAttention,
+    attend,
+    default_positions,
+    make_attention_mask,
+    simple_attention,
+)
 from omni_torch.layers import rope_frequencies
 
 B, T, H, D = 2, 7, 6, 4
@@ -158,3 +164,27 @@ def test_dropout_only_in_training_and_on_the_probabilities(monkeypatch) -> None:
     evaluated = module.eval()(x, cos, sin, mask)
     assert len(seen) == 1
     assert float((trained - evaluated).detach().abs().max()) <= 24 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_simple_attention(leading) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(*leading, n, width, generator=draw, dtype=torch.float64) for n, width in ((5, 8), (7, 8), (7, 3))
+    )
+    output, weights = simple_attention(q, k, v)
+    assert output.shape == (*leading, 5, 3)
+    assert weights.shape == (*leading, 5, 7)
+    e = torch.exp(q @ k.transpose(-2, -1) / 8**0.5)
+    expected = e / e.sum(dim=-1, keepdim=True)
+    eps = torch.finfo(torch.float64).eps
+    assert float((weights.sum(dim=-1) - 1).abs().max()) <= 7 * eps
+    assert float((weights - expected).abs().max()) <= 8 * 4 * eps
+    assert float((output - expected @ v).abs().max()) <= 8 * 7 * eps * float(v.abs().max())
+
+
+def test_no_mask_is_a_mask_that_hides_nothing() -> None:
+    q, k, v = (torch.randn(2, n, 6, 4, dtype=torch.float64) for n in (1, 7, 7))
+    everything = torch.ones(1, 1, 7, dtype=torch.bool)
+    error = attention._attend_fused(q, k, v, None) - attention._attend_fused(q, k, v, everything)
+    assert float(error.abs().max()) <= (4 + 7) * torch.finfo(torch.float64).eps * float(v.abs().max())

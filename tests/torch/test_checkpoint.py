@@ -29,6 +29,7 @@ from omni_torch.checkpoint import (  # noqa: E402
     load_weights,
     save_checkpoint,
 )
+from omni_torch.pt_format import write_pt  # noqa: E402
 from omni_torch.thinker import ThinkerLM  # noqa: E402
 
 PT = runpy.run_path(str(Path(__file__).parent.parent / "pt_files.py"))
@@ -45,6 +46,16 @@ KINDS = {
 def make_model(seed=0, **more):
     torch.manual_seed(seed)
     return ThinkerLM(**(SIZE | more))
+
+
+def ones(*shape):
+    return torch.ones(shape)
+
+
+def save_tree(path, tree):
+    """A pt file of any tree, without save_checkpoint's checks."""
+    with path.open("wb") as stream:
+        write_pt(stream, tree)
 
 
 def same(a, b):
@@ -191,6 +202,11 @@ def test_safetensors_with_prefixes(tmp_path):
     got = load_checkpoint(tmp_path / "model.safetensors")
     assert got.kind == "safetensors"
     assert sorted(got.ignored) == ["audio_encoder.proj.weight", "ocr.x", "proj_a.bias"]
+    assert {part: list(weights) for part, weights in got.parts.items()} == {
+        "audio_encoder": ["proj.weight"],
+        "ocr": ["x"],
+        "proj_a": ["bias"],
+    }
     assert same(dict(model.state_dict()), {key: got.model[key] for key in model.state_dict()})
     report = load_report(make_model(1), got)
     assert report.fits
@@ -200,8 +216,8 @@ def test_safetensors_with_prefixes(tmp_path):
     safetensors.torch.save_file(parts, tmp_path / "model.safetensors")
     assert load_report(model, load_checkpoint(tmp_path / "model.safetensors")).unexpected == ("talker_x.weight",)
     safetensors.torch.save_file({"ocr.x": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="no weights of ThinkerLM"):
-        load_checkpoint(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no weights of ThinkerLM, only of ocr"):
+        load_weights(model, load_checkpoint(tmp_path / "model.safetensors"))
 
 
 def test_multimodal_dict(tmp_path):
@@ -215,6 +231,129 @@ def test_multimodal_dict(tmp_path):
     assert same(dict(model.state_dict()), got.model)
 
 
+def test_other_parts_stand_apart(tmp_path):
+    """A dict of parts, as fine-tuning writes it: the thinker in model, the rest in parts, training state kept."""
+    weights = export_weights(make_model())
+    parts = {"proj_a": {"weight": ones(2), "_orig_mod.bias": ones(1)}, "proj_v": {}}
+    tree = {"thinker": weights, **parts, "optimizer": {"state": {}}, "step": 9, "note": "hello", "scaler": None}
+    save_tree(tmp_path / "m.pt", tree)
+    got = load_checkpoint(tmp_path / "m.pt")
+    assert (got.kind, got.step, got.best_val_loss) == ("multimodal", 9, None)
+    assert same(got.model, dict(weights))
+    assert same(got.parts, {"proj_a": {"weight": ones(2), "bias": ones(1)}, "proj_v": {}})
+    assert got.optimizer == {"state": {}}
+    assert got.renamed == {"proj_a._orig_mod.bias": "proj_a.bias"}
+    assert got.ignored == {
+        "note": "not in the format",
+        "proj_a": "a part of the multimodal model",
+        "proj_v": "a part of the multimodal model",
+    }
+    report = load_report(make_model(), got)
+    assert report.fits
+    assert not report.renamed
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("vision", ["head", "vit"]), ("audio", ["enc", "head"]), ("multimodal", ["proj_a", "proj_v"])]
+)
+def test_a_file_without_a_thinker_is_read_and_says_so(tmp_path, kind, names):
+    parts = {name: {"proj.weight": ones(2)} for name in names}
+    save_tree(tmp_path / "p.pt", {**parts, "step": 4})
+    got = load_checkpoint(tmp_path / "p.pt")
+    assert (got.kind, got.step, got.model) == (kind, 4, {})
+    assert same(got.parts, parts)
+    with pytest.raises(CheckpointError, match=f"no weights of ThinkerLM, only of {', '.join(names)} .a {kind}"):
+        load_weights(make_model(), got)
+    assert not load_report(make_model(), got).fits
+
+
+@pytest.mark.parametrize("name", ["p.pt", "p.safetensors"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_parts_are_saved_and_read_back(tmp_path, name, whole):
+    weights = export_weights(make_model()) if whole else {}
+    parts = {"vit": {"cls": ones(1, 1, 3), "blocks.0.x": ones(0)}, "head": {}}
+    save_checkpoint(tmp_path / name, model=weights, parts=parts, step=None, best_val_loss=None)
+    got = load_checkpoint(tmp_path / name)
+    assert same(dict(sorted(got.model.items())), dict(sorted(weights.items())))
+    assert same(dict(sorted(got.parts["vit"].items())), dict(sorted(parts["vit"].items())))
+    assert sorted(got.parts) == ["head", "vit"]
+    assert (got.step, got.best_val_loss) == (None, None)
+    assert got.kind == ("safetensors" if name.endswith("s") else "multimodal" if whole else "vision")
+
+
+def test_parts_that_cannot_be_saved_or_read(tmp_path):
+    weights = export_weights(make_model())
+    for parts in ({"model": {}}, {"a.b": {}}, {"vit": {"x": 1}}, {"": {}}, {"step": {"x": ones(1)}}, {"vit": None}):
+        with pytest.raises(CheckpointError, match="parts holds"):
+            save_checkpoint(tmp_path / "p.pt", model=weights, parts=parts)
+    with pytest.raises(CheckpointError, match="parts without a model"):
+        save_checkpoint(tmp_path / "p.pt", model={}, parts={"other": {"x": ones(1)}})
+    assert not os.listdir(tmp_path)
+    both = {"model": dict(weights), "thinker": dict(weights)}
+    inside = {"model": {"proj_a.weight": ones(2), "norm.weight": ones(2)}, "proj_a": {"weight": ones(2)}}
+    for tree, word in (
+        (both, "both 'model' and 'thinker'"),
+        (inside, "'proj_a' stands there twice"),
+        ({"vit": {"x": "text"}}, "no tensor by name"),
+        ({"model": {"\x1b[2J": ones(1)}}, "no tensor by name"),
+        ({"\x1b[2J": ones(1)}, "cannot be printed"),
+        ({"thinker": {}}, "state dict is empty"),
+        ({"other": {"x": ones(1)}}, "no model"),
+        ({"enc": {"x": ones(1)}, "head": {"a": ones(1), "_orig_mod.a": ones(1)}}, "both mean 'a'"),
+    ):
+        save_tree(tmp_path / "p.pt", tree)
+        with pytest.raises(CheckpointError, match=word):
+            load_checkpoint(tmp_path / "p.pt")
+
+
+FOLDERS = {
+    "run": (["best.pt", "last.pt"], "best.pt", "last.pt"),
+    "family": (["thinker_best.pt", "thinker.pt", "thinker_step_1000.pt", "thinker_step_200.pt"], "thinker_best.pt",
+               "thinker_step_1000.pt"),
+    "steps": (["step9.pt", "step10.pt", "tokenizer.model"], "step10.pt", "step10.pt"),
+    "export": (["model.safetensors", "config.json"], "model.safetensors", "model.safetensors"),
+    "one and a best": (["best_model.safetensors", "thinker.pt"], "best_model.safetensors", "thinker.pt"),
+    "best alone": (["x_best.pth", ".hidden.pt"], "x_best.pth", "x_best.pth"),
+    "no step": (["last.safetensors", "gpt2.pt"], "last.safetensors", "last.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_gives_its_best_or_its_latest(tmp_path, name):
+    files, best, latest = FOLDERS[name]
+    (tmp_path / "folder.pt").mkdir()
+    for step, file in enumerate(files):
+        if file.endswith((".pt", ".pth", ".safetensors")):
+            save_checkpoint(tmp_path / file, model={"norm.weight": ones(2)}, step=step)
+        else:
+            (tmp_path / file).write_text("x")
+    assert load_checkpoint(tmp_path).step == files.index(best)
+    assert load_checkpoint(tmp_path, which="best").step == files.index(best)
+    assert load_checkpoint(tmp_path, which="latest").step == files.index(latest)
+    assert load_checkpoint(tmp_path / files[0], which="latest").step == 0
+
+
+def test_a_folder_that_leaves_a_choice_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"which = 'newest': must be one of best, latest"):
+        load_checkpoint(tmp_path, which="newest")
+    for names, word in (
+        ([], "is a folder without a checkpoint"),
+        (["a_best.pt", "b_best.pt"], "each may be the best"),
+        (["a_step_5.pt", "b_step_5.pt"], "each is of step 5"),
+        (["a.pt", "b.pt"], "no name tells which is the latest"),
+        (["last.pt", "last.safetensors"], "each is the last"),
+    ):
+        for file in names:
+            (tmp_path / file).write_bytes(b"x")
+        with pytest.raises(CheckpointError, match=word):
+            load_checkpoint(tmp_path)
+        for file in names:
+            (tmp_path / file).unlink()
+    (tmp_path / "best.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        load_checkpoint(tmp_path)
+
+
 WRONG_FILES = {
     "empty": (b"", "is empty"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
@@ -223,8 +362,8 @@ WRONG_FILES = {
     "pickle": (b"\x80\x02}q\x00.", "bare pickle"),
     "zip of nothing": (PT["pack"]([("readme.txt", b"x")]), "does not belong"),
     "gzip": (b"\x1f\x8b\x08\x00", "compressed"),
-    "vision": (PT["archive"](b"\x80\x02}X\x03\x00\x00\x00vit}s.", {}), "vision checkpoint"),
-    "audio": (PT["archive"](b"\x80\x02}X\x03\x00\x00\x00enc}s.", {}), "audio checkpoint"),
+    "vision": (PT["archive"](b"\x80\x02}X\x03\x00\x00\x00vit}s.", {}), "'vit': the state dict is empty"),
+    "audio": (PT["archive"](b"\x80\x02}X\x03\x00\x00\x00enc}s.", {}), "'enc': the state dict is empty"),
     "list": (PT["archive"](b"\x80\x02].", {}), "not a dict"),
     "no weights": (PT["archive"](b"\x80\x02}.", {}), "no model"),
     "numbers": (PT["archive"](PT["model"](b"K\x01"), {}), "no model"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from omni_torch.cache import init_cache
 from omni_torch.config import ThinkerConfig
 from omni_torch.losses import cross_entropy
 from omni_torch.optim import adamw_step_many_, clip_grad_norm_, init_adamw_state, warmup_cosine
@@ -66,6 +67,19 @@ def test_greedy_by_full_forwards(golden, model) -> None:
         assert_golden(last, step, f"logits after {tokens.shape[1]} tokens")
         tokens = torch.cat([tokens, last.argmax()[None, None]], dim=1)
     assert tokens[0].tolist() == expected.tolist()
+
+
+def test_greedy_by_cached_steps(golden, model) -> None:
+    expected = golden["x/greedy"].tolist()
+    steps = golden["x/greedy_step_logits"]
+    prompt = expected[: len(expected) - len(steps)]
+    tokens, fed, cache = [*prompt], 0, init_cache(model, 1, len(expected))
+    for step in steps:
+        logits, _ = model(torch.tensor([tokens[fed:]]), cache=cache, last_only=True)
+        assert_golden(logits[0, 0], step, f"logits after {len(tokens)} tokens")
+        fed = len(tokens)
+        tokens.append(int(logits[0, 0].argmax()))
+    assert tokens == expected
 
 
 def test_four_steps_of_the_recipe(golden, model) -> None:

@@ -86,6 +86,14 @@ def test_a_long_line(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_bos_and_eos_are_added_where_asked_for(tokenizer):
+    ids = tokenizer.encode("the fox")
+    assert tokenizer.encode("the fox", add_bos=True) == [1, *ids]
+    assert tokenizer.encode("the fox", add_eos=True) == [*ids, 2]
+    assert tokenizer.encode("the fox", True, True) == [1, *ids, 2]
+    assert tokenizer.encode("", True, True) == [1, 2]
+
+
 def test_decode_takes_arrays_and_skips_special_ids(tokenizer):
     ids = [1, *tokenizer.encode("the fox"), 2, 0, 0]
     assert tokenizer.decode(np.array(ids, np.int32)) == "the fox"
@@ -202,5 +210,127 @@ def test_mutants_are_refused_or_work(tmp_path, model):
         except ValueError:
             refused += 1
         else:
-            tokenizer.decode(tokenizer.encode("the fox 🦊\n"))
+            ids = tokenizer.encode("the fox 🦊\n") + list(range(min(tokenizer.vocab_size, 300)))
+            assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
     assert refused > 100
+
+
+# Every way in which SentencePiece makes text of ids: an invented space, trimming, bytes or the unknown piece.
+KINDS = {
+    "ours": None,
+    "library": {},
+    "bytes": {"byte_fallback": True, "vocab_size": 400},
+    "space and no trimming": {"byte_fallback": True, "vocab_size": 400, "remove_extra_whitespaces": False},
+    "trimming and no space": {"byte_fallback": True, "vocab_size": 400, "add_dummy_prefix": False},
+    "space at the end": {"byte_fallback": True, "vocab_size": 400, "treat_whitespace_as_suffix": True},
+    "unknown": {"unk_surface": "[?]", "remove_extra_whitespaces": False},
+    "symbols": {"user_defined_symbols": ["\u2581", "\u2581\u2581", "\n"], "control_symbols": ["<c>"]},
+    "denormalised": {"denormalization_rule_tsv": "66 6F 78\t63 61 74\n"},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def any_tokenizer(request, tmp_path_factory, model):
+    settings = KINDS[request.param]
+    folder = tmp_path_factory.mktemp("kind")
+    if settings is not None and "denormalization_rule_tsv" in settings:
+        (folder / "rules.tsv").write_text(settings["denormalization_rule_tsv"], encoding="utf-8")
+        settings = {"denormalization_rule_tsv": str(folder / "rules.tsv")}
+    return BPETokenizer(model if settings is None else foreign(folder / "x.model", **settings))
+
+
+def byte_ids(tokenizer, data):
+    return [tokenizer._processor.piece_to_id(f"<0x{byte:02X}>") for byte in data]
+
+
+def test_stream_joins_to_decode_for_any_ids(any_tokenizer):
+    """Drawn from all ids, from those of one kind, and from characters cut anywhere."""
+    rng, size = random.Random(7), any_tokenizer.vocab_size
+    spaces = [i for i in range(size) if any_tokenizer._processor.id_to_piece(i).startswith("\u2581")]
+    raw = byte_ids(any_tokenizer, range(256))
+    for _ in range(3000):
+        pool = rng.choice([range(size), range(6), spaces[:8], [*range(4), *spaces[:3]], raw, [*raw, *range(4)]])
+        ids = rng.choices(pool, k=rng.randrange(9))
+        ids += byte_ids(any_tokenizer, rng.choice("🦊é語ש").encode()[: rng.randrange(1, 5)])
+        ids += rng.choices(pool, k=rng.randrange(2))
+        pieces = list(any_tokenizer.decode_stream(ids))
+        assert "".join(pieces) == any_tokenizer.decode(ids), ids
+        assert all(pieces), ids
+    for text in PIECES:
+        ids = any_tokenizer.encode(text)
+        assert "".join(any_tokenizer.decode_stream(ids)) == any_tokenizer.decode(ids)
+
+
+def settled(tokenizer, data):
+    """What of the bytes' text no further byte can change, by trying: a held tail must be able to become a character."""
+    for held in range(4):
+        tail = data[len(data) - held :]
+        # The first and the last character of each length that begin with the tail, if it is the head of any.
+        for low, high in ((0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)):
+            first, last = chr(low).encode(), chr(high).encode()
+            if (
+                held
+                and len(first) > held
+                and first[:held] <= tail <= last[:held]
+                and all(b >> 6 == 2 for b in tail[1:])
+            ):
+                return tokenizer.decode(byte_ids(tokenizer, data[: len(data) - held]))
+    return tokenizer.decode(byte_ids(tokenizer, data))
+
+
+def test_stream_yields_whole_characters_as_early_as_it_can(tokenizer):
+    rng = random.Random(11)
+    heads = [bytes([a, b]) for a in range(0xC0, 256) for b in (0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC3)]
+    texts = [rng.choice("🦊é語ש").encode() + rng.choice(heads) + "🦊".encode()[: rng.randrange(5)] for _ in range(300)]
+    for data in heads + texts:
+        taken, shown = [], ""
+
+        def one_by_one(data=data, taken=taken):
+            for number in byte_ids(tokenizer, data):
+                if taken:
+                    assert shown == settled(tokenizer, bytes(taken)), (data, taken)  # noqa: B023
+                taken.append(data[len(taken)])
+                yield number
+
+        for piece in tokenizer.decode_stream(one_by_one()):
+            shown += piece
+        assert shown == tokenizer.decode(byte_ids(tokenizer, data))
+
+
+def test_stream_takes_ids_as_it_goes(tokenizer):
+    ids = tokenizer.encode("the 🦊\n") * 2
+    stream = tokenizer.decode_stream(iter([*ids, 400]))
+    assert "".join(next(stream) for _ in range(len(list(tokenizer.decode_stream(ids))))) == "the 🦊\nthe 🦊\n"
+    with pytest.raises(TokenIdError, match=rf"ids\[{len(ids)}\] = 400 is not a token id; allowed are 0 to 399"):
+        next(stream)
+    assert list(tokenizer.decode_stream([])) == list(tokenizer.decode_stream([1, 2, 0])) == []
+    assert list(tokenizer.decode_stream(np.array(tokenizer.encode("🦊"), np.int32))) == ["🦊"]
+
+
+def test_a_stream_asks_once_for_each_id(any_tokenizer):
+    """Linear: as many look-ups for the second thousand ids as for the first."""
+    calls = []
+
+    class Counting:
+        def __init__(self, processor):
+            self.processor = processor
+
+        def __getattr__(self, name):
+            def counted(ids):
+                calls.append(len(ids) if name == "decode" else 1)
+                return getattr(self.processor, name)(ids)
+
+            return counted
+
+    rng, counts = random.Random(5), []
+    ids = rng.choices(range(any_tokenizer.vocab_size), k=1000)
+    real = any_tokenizer._processor
+    any_tokenizer._processor = Counting(real)
+    try:
+        for given in ([], ids, ids * 2):
+            before = sum(calls)
+            list(any_tokenizer.decode_stream(given))
+            counts.append(sum(calls) - before)
+    finally:
+        any_tokenizer._processor = real
+    assert counts[2] == 2 * counts[1] <= 10 * len(ids)

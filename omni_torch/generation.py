@@ -1,0 +1,335 @@
+"""Text from a ThinkerLM: prompts in, token ids with their log-probabilities out, token by token over a KV cache.
+
+Shapes: B rows (prompts times samples), P prompts, T prompt time, N new tokens, D model, V vocabulary.
+
+The prompts go through the model in one call, and each token after the first in one more, on the same buffers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .cache import KVCache, init_cache
+from .config import BOS_ID, EOS_ID, PAD_ID
+from .layers import check_token_ids, statistics_dtype
+from .sampling import (
+    _check_integer,
+    _check_penalty,
+    _check_settings,
+    _check_uniform_values,
+    _draw,
+    _likeliest,
+    _name,
+    _penalise,
+    _probabilities,
+)
+from .training_utils import NumericalError
+
+__all__ = ["Generation", "generate", "simple_inference"]
+
+_LARGEST_SEED = 2**32 - 1
+_STEPS_THAT_PAY = 32
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` made, row by row.
+
+    tokens: the new ids, without the prompt; the end-of-text id is included where it ended the row. logprobs: the
+    log-probability of each under the model itself, that is log_softmax of its logits before penalty, temperature and
+    truncation. stop_reasons: "eos", or "length" for a row that reached max_new_tokens.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    stop_reasons: list[Literal["eos", "length"]]
+
+
+def generate(
+    model: Any,
+    prompt_ids: Sequence[int] | Sequence[Sequence[int]],
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    num_samples: int = 1,
+    eos_id: int | None = EOS_ID,
+    seed: int = 0,
+    uniforms: Float[Tensor, "B N"] | None = None,
+    window: bool = False,
+    stream: bool = False,
+) -> Any:
+    """Continue one prompt or several; every prompt gives num_samples rows, those of the first prompt first.
+
+    prompt_ids: a list of ids, or a list of such lists, of any lengths; each row continues as if it were alone.
+    max_new_tokens: None goes on to the model's ctx_len. With `window` there is no such end: every token then sees the
+    last ctx_len tokens.
+    temperature 0 takes the likeliest token; otherwise see truncated_probabilities, and apply_repetition_penalty for
+    the ids of the prompt and of what was generated, padding excepted. eos_id None: no id ends a row.
+    seed, uniforms: randomness is that of a torch.Generator with this seed, or row i takes its token j by
+    uniforms[i, j] in [0, 1), for `uniforms` of shape (rows, max_new_tokens); given the same ones the JAX twin draws
+    the same ids.
+
+    Returns a Generation, or with `stream` an iterator that yields at each step a list with the new id of every row,
+    None for a row that has ended. Dropout is off; the model itself is not changed. A model from torch.compile is
+    called as it is.
+
+    Raises:
+        ValueError: an empty prompt, one longer than ctx_len, more new tokens than fit, a setting out of range, or a
+            compiled model in training mode, before any work.
+        TokenIdError: a prompt id out of range, likewise.
+        NumericalError: the model's logits are NaN or infinite; the message names row and step.
+    """
+    prompts = _read_prompts(prompt_ids, model.config.vocab_size)
+    _check_settings(temperature, top_k, top_p)
+    _check_penalty(repetition_penalty)
+    _check_integer("num_samples", num_samples, 1, "use 1 for one continuation of each prompt")
+    _check_integer("seed", seed, 0, "give a seed from 0 up")
+    if seed > _LARGEST_SEED:
+        raise ValueError(f"seed={seed} is not allowed: must be at most {_LARGEST_SEED}; give a smaller seed")
+    if eos_id is not None:
+        check_token_ids(torch.as_tensor(eos_id), model.config.vocab_size, "eos_id")
+    rows = len(prompts) * num_samples
+    longest = max(map(len, prompts))
+    limit = _new_tokens(longest, max_new_tokens, model.config.ctx_len, window)
+    uniforms_BN = None if uniforms is None else torch.as_tensor(uniforms)
+    if uniforms_BN is not None:
+        _check_uniforms(uniforms_BN, rows, limit)
+    _check_mode(model)
+    job = _Job(
+        prompts=prompts,
+        limit=limit,
+        temperature=float(temperature),
+        top_k=int(top_k),
+        top_p=float(top_p),
+        repetition_penalty=float(repetition_penalty),
+        num_samples=num_samples,
+        eos_id=eos_id,
+        seed=seed,
+        uniforms_BN=uniforms_BN,
+        window=window,
+    )
+    if stream:
+        return (tokens for tokens, _ in _steps(model, job))
+    result = Generation([[] for _ in range(rows)], [[] for _ in range(rows)], ["length"] * rows)
+    for tokens, logprobs in _steps(model, job):
+        for row, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+            if token is not None:
+                result.tokens[row].append(token)
+                result.logprobs[row].append(logprob)
+                if token == eos_id:
+                    result.stop_reasons[row] = "eos"
+    return result
+
+
+def simple_inference(model_path: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str], prompt: str) -> str:
+    """The text of the likeliest token after `prompt`, from a checkpoint and its tokenizer's model file.
+
+    Raises:
+        ValueError: a file that cannot be used, a tokenizer whose vocabulary is not the model's, or a prompt longer
+            than the model's ctx_len.
+    """
+    from .thinker import ThinkerLM
+    from .tokenizer import BPETokenizer
+
+    tokenizer = BPETokenizer(tokenizer_path)
+    model = ThinkerLM.from_checkpoint(model_path)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {os.fspath(tokenizer_path)} has {tokenizer.vocab_size} ids, the model "
+            f"{os.fspath(model_path)} has vocab_size={model.config.vocab_size}: must be equal; give the tokenizer that "
+            "the model was trained with"
+        )
+    result = generate(model, [BOS_ID, *tokenizer.encode(prompt)], max_new_tokens=1)
+    return tokenizer.decode(result.tokens[0])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A call of `generate`, checked."""
+
+    prompts: list[np.ndarray]
+    limit: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    num_samples: int
+    eos_id: int | None
+    seed: int
+    uniforms_BN: Tensor | None
+    window: bool
+
+
+def _steps(model: Any, job: _Job) -> Iterator[tuple[list[int | None], list[float]]]:
+    """The ids and log-probabilities of each step."""
+    # inference_mode is left at every yield: it would reach into the caller's code.
+    if job.limit == 0:
+        return
+    with torch.inference_mode():
+        model = _for_decoding(model, job.limit)
+        logits_BV, cache, seen_BV = _prefill(model, job)
+        generator = torch.Generator().manual_seed(job.seed)
+        ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
+    ended = [False] * len(logits_BV)
+    for step in range(job.limit):
+        with torch.inference_mode():
+            if step > 0:
+                logits_B1V, cache = model(token_B[:, None], cache=cache, last_only=True)
+                logits_BV = logits_B1V[:, 0]
+            logits_BV = logits_BV.to(statistics_dtype(logits_BV.dtype))
+            if any(ended):  # what such a row computes from its padding is nobody's business
+                logits_BV = logits_BV.masked_fill(ended_B[:, None], 0.0)
+            log_sum_B = logits_BV.logsumexp(dim=-1)
+            _check_numbers(log_sum_B.tolist(), step)
+            token_B = _choose(logits_BV, seen_BV, step, generator, job).masked_fill(ended_B, PAD_ID)
+            logprobs = (logits_BV.gather(1, token_B[:, None])[:, 0] - log_sum_B).tolist()
+            tokens = token_B.tolist()
+            if job.eos_id is not None:
+                ended_B |= token_B == job.eos_id
+        yield [None if end else token for end, token in zip(ended, tokens, strict=True)], logprobs
+        ended = [end or token == job.eos_id for end, token in zip(ended, tokens, strict=True)]
+        if all(ended):
+            return
+
+
+def _prefill(model: Any, job: _Job) -> tuple[Tensor, KVCache, Tensor | None]:
+    """Logits (B, V) after the prompts, the cache, and which ids (B, V) the prompts hold, if that matters."""
+    device, copies = model.tok_emb.weight.device, job.num_samples
+    P, T = len(job.prompts), max(map(len, job.prompts))
+    tokens_PT = torch.full((P, T), PAD_ID)
+    kept_PT = torch.zeros(P, T, dtype=torch.bool)
+    for row, prompt in enumerate(job.prompts):
+        tokens_PT[row, T - len(prompt) :] = torch.from_numpy(prompt)
+        kept_PT[row, T - len(prompt) :] = True
+    tokens_PT, kept_PT = tokens_PT.to(device), kept_PT.to(device)
+    ctx_len = model.config.ctx_len
+    cache = init_cache(model, P, ctx_len if job.window else min(ctx_len, T + job.limit), job.window)
+    logits_P1V, cache = model(tokens_PT, attention_mask=kept_PT, cache=cache, last_only=True)
+    logits_PV, seen_PV = logits_P1V[:, 0], None
+    if job.repetition_penalty != 1.0:
+        seen_PV = torch.zeros_like(logits_PV, dtype=torch.bool).scatter_(1, tokens_PT, True)
+        seen_PV[:, PAD_ID] = False
+    if copies == 1:
+        return logits_PV, cache, seen_PV
+
+    def repeat(x: Tensor) -> Tensor:
+        return x.repeat_interleave(copies, dim=0)
+
+    k, v = tuple(map(repeat, cache.k)), tuple(map(repeat, cache.v))
+    cache = replace(cache, k=k, v=v, kept=repeat(cache.kept), count=repeat(cache.count))
+    return repeat(logits_PV), cache, None if seen_PV is None else repeat(seen_PV)
+
+
+def _choose(logits_BV: Tensor, seen_BV: Tensor | None, step: int, generator: torch.Generator, job: _Job) -> Tensor:
+    """The next ids (B,), which are marked in `seen_BV`."""
+    if seen_BV is not None:
+        logits_BV = _penalise(logits_BV, seen_BV, job.repetition_penalty)
+    if job.temperature == 0.0:
+        token_B = _likeliest(logits_BV)
+    else:
+        if job.uniforms_BN is None:
+            uniforms_B = torch.rand(len(logits_BV), generator=generator, dtype=torch.float32)
+        else:
+            uniforms_B = job.uniforms_BN[:, step]
+        p_BV = _probabilities(logits_BV, job.temperature, job.top_k, job.top_p)
+        token_B = _draw(p_BV, uniforms_B.to(p_BV))
+    if seen_BV is not None:
+        seen_BV.scatter_(1, token_B[:, None], True)
+        seen_BV[:, PAD_ID] = False
+    return token_B
+
+
+def _for_decoding(model: Any, limit: int) -> Any:
+    """The model in evaluation mode, as a copy of its modules that shares the weights: the model stays as it is.
+
+    When enough tokens follow to pay for it, the copy's linear layers hold their weights as (in, out) in memory: with
+    one row on a CPU, a product with nn.Linear's (out, in) takes up to three times as long.
+    """
+    if _is_compiled(model):
+        return model
+    weight = model.lm_head.weight
+    turns = limit >= _STEPS_THAT_PAY and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return _copy_modules(model, turns)
+
+
+def _copy_modules(module: nn.Module, turns: bool) -> nn.Module:
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {name: child and _copy_modules(child, turns) for name, child in module._modules.items()}
+    if turns and type(twin) is nn.Linear:
+        turned = nn.Parameter(twin.weight.t().contiguous().t(), requires_grad=False)
+        twin._parameters = {**twin._parameters, "weight": turned}
+    return twin
+
+
+def _is_compiled(model: Any) -> bool:
+    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+
+
+def _check_mode(model: Any) -> None:
+    if _is_compiled(model) and model.training:
+        raise ValueError("the compiled model is in training mode, must be in evaluation mode; call model.eval() first")
+
+
+def _read_prompts(prompt_ids: Any, vocab_size: int) -> list[np.ndarray]:
+    nested = len(prompt_ids) > 0 and np.ndim(prompt_ids[0]) > 0
+    prompts = []
+    for i, prompt in enumerate(prompt_ids if nested else [prompt_ids]):
+        name = f"prompt_ids[{i}]" if nested else "prompt_ids"
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or len(ids) == 0 or ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"{name} must be a list of at least one token id, all integers, got {prompt!r:.60}; begin with the "
+                "tokenizer's BOS"
+            )
+        check_token_ids(torch.from_numpy(ids), vocab_size, name)
+        prompts.append(ids)
+    return prompts
+
+
+def _new_tokens(longest: int, max_new_tokens: int | None, ctx_len: int, window: bool) -> int:
+    if longest > ctx_len:
+        raise ValueError(
+            f"the prompt has {longest} tokens, allowed are up to ctx_len={ctx_len}; cut it, for example to its last "
+            f"{ctx_len}"
+        )
+    if max_new_tokens is None:
+        return ctx_len - longest
+    _check_integer("max_new_tokens", max_new_tokens, 0, "leave it out to go on to the model's ctx_len")
+    if longest + max_new_tokens > ctx_len and not window:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens goes beyond ctx_len={ctx_len}: must "
+            f"be at most {ctx_len - longest}; ask for fewer, or pass window=True to let the oldest tokens go"
+        )
+    return int(max_new_tokens)
+
+
+def _check_uniforms(uniforms_BN: Tensor, rows: int, limit: int) -> None:
+    if tuple(uniforms_BN.shape) != (rows, limit) or not uniforms_BN.is_floating_point():
+        raise ValueError(
+            f"uniforms have shape {tuple(uniforms_BN.shape)} and dtype {_name(uniforms_BN.dtype)}: must be floating "
+            f"point of shape (rows, max_new_tokens) = {(rows, limit)}; give one number per new token"
+        )
+    _check_uniform_values("uniforms", uniforms_BN)
+
+
+def _check_numbers(log_sums: list[float], step: int) -> None:
+    for row, log_sum in enumerate(log_sums):
+        # Not finite exactly if a logit of the row is NaN or +inf, or all are −inf.
+        if not math.isfinite(log_sum):
+            raise NumericalError(
+                f"the logits of row {row} at step {step} hold NaN or inf; look at the model's weights "
+                "(check_numerical_stability finds the first bad one)"
+            )
