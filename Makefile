@@ -16,8 +16,9 @@ help:  ## say what can be made
 parity: $(STAMP)  ## judge the twins: the default parity run (ARGS='--only logits' and the like)
 	@$(BIN)/parity run $(ARGS)
 
-test: $(STAMP)  ## run the tests (ARGS='tests/parity -k verdict' and the like)
-	@$(BIN)/python -m pytest $(ARGS)
+# A worker for each core, four at most: one takes up to 3 GB.
+test: $(STAMP)  ## run the tests (ARGS='tests/parity -k verdict', '-m "not long"', '-n 0' and the like)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 $(ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and pyright
 	@$(BIN)/ruff check .

@@ -43,6 +43,7 @@ __all__ = [
     "ks_test",
     "ks_two_sample_test",
     "chi_square_test",
+    "categorical_test",
     "constant_test",
     "lag_test",
     "pairs_test",
@@ -56,6 +57,8 @@ POWER = 0.9
 MINIMUM = 1000
 # Equal-probability cells of the χ² test.
 _CELLS = 64
+# Cells of which fewer draws are expected are taken together: below it a count is no normal number.
+_EXPECTED = 20
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,39 @@ def chi_square_test(x: ArrayLike, law: Distribution, level: float, cells: int = 
     smallest = math.sqrt(_chi_square_reach(freedom, level) / n)
     p = float(chi2.sf(statistic, freedom))
     return Outcome("chi square", n, math.sqrt(statistic / n), 0.0, None, p, level, smallest, "Cohen's w")
+
+
+def categorical_test(ids: ArrayLike, p: ArrayLike, level: float) -> Outcome:
+    """χ² of drawn ids against their probabilities; what is expected fewer than _EXPECTED times is one cell together.
+
+    An id of probability 0, or one that p does not have, is never allowed (p-value 0). Deviations as Cohen's
+    w = √Σ (q − p)²/p, with q the true probabilities of the cells.
+
+    Raises:
+        ValueError: p is no distribution, or has fewer than two cells for so small a sample.
+    """
+    from scipy.stats import chi2
+
+    x, n = _sample(ids)
+    p = np.asarray(p, np.float64).reshape(-1)
+    if not (np.isfinite(p).all() and (p >= 0.0).all() and math.isclose(float(p.sum()), 1.0)):
+        raise ValueError(f"p must be finite, at least 0 and of sum 1, got a sum of {p.sum()!r}")
+    rare = n * p < _EXPECTED
+    cells = int((~rare).sum()) + bool(p[rare].sum() > 0.0)
+    if cells < 2:
+        raise ValueError(f"{n} draws from p leave {cells} cell of {_EXPECTED} and more: draw more, or give another p")
+    freedom = cells - 1
+    smallest = math.sqrt(_chi_square_reach(freedom, level) / n)
+    inside = (x == np.floor(x)) & (x >= 0) & (x < p.size)
+    if not inside.all() or (p[x.astype(np.int64)] == 0.0).any():
+        return Outcome("categorical", n, math.inf, 0.0, None, 0.0, level, smallest, "Cohen's w")
+    counts = np.bincount(x.astype(np.int64), minlength=p.size)
+    seen, expected = counts[~rare].astype(np.float64), n * p[~rare]
+    if p[rare].sum() > 0.0:
+        seen, expected = np.append(seen, counts[rare].sum()), np.append(expected, n * p[rare].sum())
+    statistic = float(np.sum(np.square(seen - expected) / expected))
+    p_value = float(chi2.sf(statistic, freedom))
+    return Outcome("categorical", n, math.sqrt(statistic / n), 0.0, None, p_value, level, smallest, "Cohen's w")
 
 
 def constant_test(x: ArrayLike, law: Distribution, level: float) -> Outcome:

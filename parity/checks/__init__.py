@@ -21,6 +21,8 @@ __all__ = ["CHECKS", "OF_MODELS", "Progress", "Scope", "load"]
 CHECKS = (
     "logits",
     "gradients",
+    "decode",
+    "sampling",
     "autodiff",
     "data",
     "dropout",
