@@ -15,20 +15,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, load_checkpoint
+from .checkpoint import Checkpoint, check_thinker, load_checkpoint
 from .checkpoint_folder import find_checkpoint
 from .config import ThinkerConfig, read_config
 from .files import open_regular_file
 from .pt_archive import CheckpointError
-from .state_tree import dtype_name
+from .state_tree import count_not_finite, dtype_name
 
-__all__ = ["Architecture", "infer_config", "find_config", "read_model", "shape_facts"]
+__all__ = ["Architecture", "infer_config", "find_config", "read_model", "read_given", "shape_facts"]
 
 _BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(.*)")
 _EXPERT = re.compile(r"moe\.experts\.(0|[1-9][0-9]{0,5})\..*")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _LARGEST_SIDECAR = 1 << 20  # bytes
-_GIVE = "give config= (the file's config) "
+_GIVE = "give config= (--config FILE) "
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,26 @@ class Architecture:
 
     Attributes:
         config: the model's.
-        told: field → "shapes" (the weights leave no choice), "config file", "hint" (the caller's n_heads) or "assumed"
-            (ThinkerConfig's default, since nothing tells).
+        told: field → "shapes" (the weights leave no choice), "config file" (or a config given), "hint" (the caller's
+            n_heads) or "assumed" (ThinkerConfig's default, since nothing tells: a config file may leave fields out).
     """
 
     config: ThinkerConfig
     told: dict[str, str]
+
+    @property
+    def assumed(self) -> dict[str, Any]:
+        """The fields that nothing tells, and their values; those of experts only where the model has experts."""
+        values = self.config.to_dict()
+        unused = () if self.config.use_moe else ("num_experts", "num_experts_per_tok")
+        return {name: values[name] for name, why in self.told.items() if why == "assumed" and name not in unused}
 
 
 def infer_config(
     state: Mapping[str, Any] | Checkpoint,
     *,
     n_heads: int | None = None,
-    config: ThinkerConfig | str | os.PathLike[str] | None = None,
+    config: ThinkerConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> Architecture:
     """The architecture that a state dict was made from.
 
@@ -60,7 +67,7 @@ def infer_config(
 
     Args:
         state: a Checkpoint, or its `model`: arrays of any shapes by torch key.
-        config: a config, or the path of a file as `find_config` finds it.
+        config: a config, a dict of its fields, or the path of a file as `find_config` finds it.
 
     Raises:
         CheckpointError: the state is not a ThinkerLM's; every key that is missing, unexpected or misshapen is listed.
@@ -68,14 +75,11 @@ def infer_config(
             be read, or contradicts the shapes or the hint.
     """
     weights = state.model if isinstance(state, Checkpoint) else state
-    if isinstance(state, Checkpoint) and not weights:
-        raise CheckpointError(
-            f"it holds no weights of ThinkerLM, only of {', '.join(state.parts)} (a {state.kind} checkpoint); give the "
-            "thinker's file"
-        )
+    if isinstance(state, Checkpoint):
+        check_thinker(state)
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     facts = shape_facts(shapes)
-    given = config if isinstance(config, ThinkerConfig) or config is None else _read_any(Path(config))
+    given, named = (None, frozenset[str]()) if config is None else read_given(config)
     heads = _heads(shapes, facts, n_heads, given)
     facts |= {"n_heads": heads, "kv_groups": _kv_heads(shapes, facts, heads) if facts["use_gqa"] else None}
     if given is None:
@@ -86,8 +90,8 @@ def infer_config(
         found = given
         _check_agrees(found, facts)
     _check_shapes(found, shapes)
-    rest = "assumed" if given is None else "config file"
-    told = {field.name: "shapes" if field.name in facts else rest for field in fields(ThinkerConfig)}
+    rest = {field.name: "config file" if field.name in named else "assumed" for field in fields(ThinkerConfig)}
+    told = {name: "shapes" if name in facts else why for name, why in rest.items()}
     if len(_possible_heads(shapes, facts)) > 1:
         told["n_heads"] = "hint" if n_heads is not None else "config file"
     return Architecture(found, told)
@@ -112,13 +116,13 @@ def find_config(path: str | os.PathLike[str]) -> Path | None:
 
 def read_model(
     path: str | os.PathLike[str],
-    config: ThinkerConfig | str | os.PathLike[str] | None = None,
+    config: ThinkerConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     n_heads: int | None = None,
 ) -> tuple[Checkpoint, Architecture, str]:
     """A checkpoint, the architecture of its thinker, and the one floating-point dtype of its weights, by name.
 
     Raises:
-        CheckpointError: as load_checkpoint; weights of several dtypes, or of integers.
+        CheckpointError: as load_checkpoint; weights of several dtypes, or of integers, or with NaN or Inf.
         ValueError: as find_config and infer_config.
     """
     file = find_checkpoint(path)
@@ -131,6 +135,13 @@ def read_model(
         if len(dtypes) > 1 or dtypes[0] not in _FLOATS:
             raise CheckpointError(
                 f"its weights have the dtypes {', '.join(dtypes)}: must be one of {', '.join(_FLOATS)}; convert them"
+            )
+        bad = {key: count for key, value in checkpoint.model.items() if (count := count_not_finite(value))}
+        if bad:
+            shown = ", ".join(f"{count} in {key}" for key, count in list(bad.items())[:4])
+            raise CheckpointError(
+                f"its weights hold values that are NaN or Inf ({shown}{', ...' if len(bad) > 4 else ''}); take an "
+                "earlier checkpoint, from before they went bad"
             )
     except ValueError as bad:
         kind = CheckpointError if isinstance(bad, CheckpointError) else ValueError
@@ -222,7 +233,7 @@ def _heads(
     if hint is None and len(possible) > 1:
         raise ValueError(
             f"the checkpoint's shapes do not tell n_heads: must be one of {shown}, by who made it; {_GIVE}or "
-            f"n_heads=, for example n_heads={possible[-1] if len(possible) < 3 else possible[len(possible) // 2]}"
+            f"n_heads= (--n-heads N), for example {possible[-1] if len(possible) < 3 else possible[len(possible) // 2]}"
         )
     return possible[0] if hint is None else int(hint)
 
@@ -260,6 +271,8 @@ def _check_shapes(config: ThinkerConfig, shapes: Mapping[str, tuple[int, ...]]) 
     ]
     if wrong:
         more = f", and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        if any(key.endswith(".inv_freq") for key in shapes):
+            more += " (inv_freq are RoPE's frequencies, which other models save and ThinkerLM computes from rope_theta)"
         raise CheckpointError(
             f"the state is not a ThinkerLM's: {'; '.join(wrong[:8])}{more}; give a checkpoint of ThinkerLM"
         )
@@ -292,15 +305,38 @@ def _expected(config: ThinkerConfig, split: bool) -> Iterator[tuple[str, tuple[i
 # Config files --------------------------------------------------------------------------------------------------------
 
 
-def _read_any(path: Path) -> ThinkerConfig:
-    """A config file of the family, or a model's description with the config under "config"."""
+def read_given(
+    config: ThinkerConfig | Mapping[str, Any] | str | os.PathLike[str],
+) -> tuple[ThinkerConfig, frozenset[str]]:
+    """A config as infer_config takes it, and the fields that it names.
+
+    A file is a config file of the family, or a model's description with the config under "config".
+
+    Raises:
+        ValueError: it is of another type, or cannot be read.
+    """
+    if isinstance(config, ThinkerConfig):
+        return config, frozenset(config.to_dict())
+    if isinstance(config, Mapping):
+        return ThinkerConfig.from_dict(config), _named(config)
+    if not isinstance(config, str | os.PathLike):
+        raise ValueError(
+            f"config is a {type(config).__name__}: must be a ThinkerConfig, a dict of its fields, or the path of a "
+            "config file; give one of these"
+        )
+    path = Path(config)
     mapping = _read_object(path)
     if isinstance(mapping, dict) and isinstance(mapping.get("config"), dict) and "d_model" not in mapping:
         try:
-            return ThinkerConfig.from_dict(mapping["config"])
+            return ThinkerConfig.from_dict(mapping["config"]), _named(mapping["config"])
         except ValueError as bad:
             raise ValueError(f"config file {str(path)!r}, under 'config': {bad}") from None
-    return read_config(path).config
+    return read_config(path).config, _named(mapping)
+
+
+def _named(mapping: Any) -> frozenset[str]:
+    """The keys of a config, with those of the level "thinker"."""
+    return frozenset(mapping) | frozenset(mapping.get("thinker") or ())
 
 
 def _read_object(path: Path) -> Any:

@@ -18,9 +18,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import _linear, _make_dropout, apply_rope, statistics_dtype
+from .layers import _check_array, _linear, _make_dropout, apply_rope, statistics_dtype
 
 __all__ = ["make_attention_mask", "default_positions", "attend", "simple_attention", "CausalSelfAttention"]
+
+_SMALLEST_BLOCK, _MOST_BLOCKS = 128, 4
 
 
 def make_attention_mask(
@@ -37,6 +39,7 @@ def make_attention_mask(
     causal_TS = jnp.tril(jnp.ones((time, time), jnp.bool_))
     if attention_mask is None:
         return causal_TS[None]
+    _check_array("attention_mask", attention_mask)
     if attention_mask.dtype != jnp.bool_:
         raise ValueError(
             f"attention_mask must be boolean (True: may be attended to), got {attention_mask.dtype}; "
@@ -84,8 +87,10 @@ def attend(
     B, T, H, d = q_BTHd.shape
     K = k_BSKd.shape[2]
     wide = statistics_dtype(q_BTHd.dtype)
-    q_BTKGd = jnp.reshape(q_BTHd, (B, T, K, H // K, d))
-    scores = jnp.einsum("btkgd,bskd->bkgts", q_BTKGd, k_BSKd, preferred_element_type=wide) * (1.0 / math.sqrt(d))
+    # Heads in front before the products: XLA would otherwise turn the scores round, which are larger, at every use.
+    q_BKGTd = jnp.transpose(jnp.reshape(q_BTHd, (B, T, K, H // K, d)), (0, 2, 3, 1, 4))
+    k_BKSd, v_BKSd = jnp.swapaxes(k_BSKd, 1, 2), jnp.swapaxes(v_BSKd, 1, 2)
+    scores = jnp.einsum("bkgtd,bksd->bkgts", q_BKGTd, k_BKSd, preferred_element_type=wide) * (1.0 / math.sqrt(d))
     scores = jnp.where(mask_BTS[:, None, None], scores, -math.inf)
     top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     # A row of nothing but −inf: shifting it by 0 and dividing by 1 leaves zeros, where −inf − (−inf) would leave NaN.
@@ -94,8 +99,29 @@ def attend(
     p_BKGTS = (unnormalised / jnp.where(total == 0.0, 1.0, total)).astype(v_BSKd.dtype)
     if dropout is not None:
         p_BKGTS = dropout(p_BKGTS)
-    y_BTKGd = jnp.einsum("bkgts,bskd->btkgd", p_BKGTS, v_BSKd, preferred_element_type=wide)
-    return jnp.reshape(y_BTKGd.astype(v_BSKd.dtype), (B, T, H, d))
+    y_BKGTd = jnp.einsum("bkgts,bksd->bkgtd", p_BKGTS, v_BKSd, preferred_element_type=wide).astype(v_BSKd.dtype)
+    return jnp.reshape(jnp.transpose(y_BKGTd, (0, 3, 1, 2, 4)), (B, T, H, d))
+
+
+def _attend_causal(
+    q_BTHd: Float[Array, "B T H d"],
+    k_BTKd: Float[Array, "B T K d"],
+    v_BTKd: Float[Array, "B T K d"],
+    mask_BTT: Bool[Array, "#B T T"],
+    *,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Float[Array, "B T H d"]:
+    """`attend` for a causal mask, in blocks of queries, each without the keys after it: five eighths of the work."""
+    T = q_BTHd.shape[1]
+    block = max(_SMALLEST_BLOCK, -(-T // _MOST_BLOCKS))
+    ends = [*range(block, T, block), T]
+    return jnp.concatenate(
+        [
+            attend(q_BTHd[:, a:b], k_BTKd[:, :b], v_BTKd[:, :b], mask_BTT[:, a:b, :b], dropout=dropout)
+            for a, b in zip([0, *ends], ends)
+        ],
+        axis=1,
+    )
 
 
 def _attend_one(
@@ -134,8 +160,18 @@ def simple_attention(
 
     weights[t, s] is how much query t takes from value s; each query's weights sum to 1.
 
+    Raises:
+        ValueError: fewer than two axes, d or S of 0, or sizes that do not belong together.
+
     Source: Vaswani et al., arXiv 1706.03762, equation 1.
     """
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    q, k, v = shapes
+    if min(map(len, shapes)) < 2 or q[-1] != k[-1] or k[-2] != v[-2] or 0 in k[-2:]:
+        raise ValueError(
+            f"query, key, value have shapes {q}, {k}, {v}: must be (..., T, d), (..., S, d), (..., S, D) with d and S "
+            "of at least 1; add the missing axis, or give each key its value"
+        )
     scores = jnp.matmul(query, jnp.swapaxes(key, -2, -1)) * (1.0 / math.sqrt(query.shape[-1]))
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.matmul(weights, value), weights
@@ -196,7 +232,11 @@ class CausalSelfAttention(nnx.Module):
         v_BSKd = jnp.reshape(v, (B, T, self.kv_heads, self.head_dim))
         form = attend
         if cache is not None:
-            k_BSKd, v_BSKd = cache.store(k_BSKd, v_BSKd)
-            form = _attend_one if T == 1 and self.kv_heads < self.n_heads else attend
+            stored = cache.store(k_BSKd, v_BSKd)
+            if cache.empty and T > _SMALLEST_BLOCK:  # the new tokens are all there is to see
+                form, mask_BTS = _attend_causal, mask_BTS[:, :, :T]
+            else:
+                k_BSKd, v_BSKd = stored
+                form = _attend_one if T == 1 and self.kv_heads < self.n_heads else attend
         y_BTHd = form(q_BTHd, k_BSKd, v_BSKd, mask_BTS, dropout=self.drop)
         return self.o(jnp.reshape(y_BTHd, (B, T, D)))

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import _check_inside
+from .layers import _check_array, _check_inside
 
 __all__ = ["KVCache", "init_cache"]
 
@@ -38,7 +39,7 @@ class KVCache:
     v: tuple[Float[Array, "B S K d"], ...]
     kept: Bool[Array, "B S"]
     count: Int[Array, " B"]
-    length: Int[Array, ""]
+    length: Int[Array | np.ndarray, ""]
     window: bool = field(default=False, metadata={"static": True})
 
 
@@ -49,8 +50,9 @@ def init_cache(model: Any, batch_size: int, max_length: int | None = None, windo
     for. With `window` there is no end: every query sees the last max_length tokens, itself included, in every layer.
 
     Raises:
-        ValueError: batch_size or max_length below 1.
+        ValueError: batch_size or max_length below 1; a window that is not a bool.
     """
+    _check_window(window)
     slots = model.config.ctx_len if max_length is None else max_length
     for name, value in (("batch_size", batch_size), ("max_length", slots)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -62,7 +64,7 @@ def init_cache(model: Any, batch_size: int, max_length: int | None = None, windo
         v=tuple(jnp.zeros(shape, dtype) for _ in model.blocks),
         kept=jnp.zeros((batch_size, slots), jnp.bool_),
         count=jnp.zeros((batch_size,), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
+        length=np.zeros((), np.int32),  # numpy's, so that a program which makes a cache knows that it is empty
         window=window,
     )
 
@@ -81,7 +83,7 @@ class _CachedCall:
         _check_room(cache, time)
         self._new_BT = jnp.ones((B, time), jnp.bool_) if attention_mask is None else jnp.asarray(attention_mask)
         counted_BT = jnp.cumsum(self._new_BT, axis=1, dtype=jnp.int32)
-        self.positions_BT = jnp.maximum(cache.count[:, None] + counted_BT - 1, 0)
+        self.positions_BT = cache.count[:, None] + counted_BT - 1  # −1 where neither a token nor a key can be seen
         self._fits = None
         if not cache.window and isinstance(cache.length, Tracer):
             self._fits = cache.length + time <= S
@@ -140,6 +142,9 @@ class _LayerCache:
 
     def __init__(self, call: _CachedCall, k_BSKd: Array, v_BSKd: Array) -> None:
         self._call, self.k_BSKd, self.v_BSKd = call, k_BSKd, v_BSKd
+        # Whether nothing is stored yet, as far as is known here; not asked of a ring, whose slots have another order.
+        length = call._cache.length
+        self.empty = not call._cache.window and not isinstance(length, Tracer) and int(length) == 0
 
     def store(self, k_BTKd: Array, v_BTKd: Array) -> tuple[Array, Array]:
         """Write the new keys and values; gives those to attend to, in the order of the call's mask."""
@@ -148,6 +153,11 @@ class _LayerCache:
         if call._splits:
             return jnp.concatenate([old_k, k_BTKd], axis=1), jnp.concatenate([old_v, v_BTKd], axis=1)
         return self.k_BSKd, self.v_BSKd
+
+
+def _check_window(window: Any) -> None:
+    if not isinstance(window, bool):
+        raise ValueError(f"window={window!r} is not allowed: must be True or False; use True for a ring of slots")
 
 
 def _heads(model: Any) -> tuple[int, int]:
@@ -190,9 +200,10 @@ def _check_cache(cache: Any, model: Any, batch: int, time: int, attention_mask: 
             f"cache has {found[0]} layers of (B, S, K, d) = {tuple(found[1])} in {found[2]}, this model and input need "
             f"{wanted[0]} of {wanted[1]} in {wanted[2]}; make one with init_cache(model, batch_size={batch})"
         )
-    if attention_mask is not None and (
-        attention_mask.dtype != jnp.bool_ or tuple(attention_mask.shape) != (batch, time)
-    ):
+    if attention_mask is None:
+        return
+    _check_array("attention_mask", attention_mask)
+    if attention_mask.dtype != jnp.bool_ or tuple(attention_mask.shape) != (batch, time):
         raise ValueError(
             f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}: with a cache it must be "
             f"boolean of shape (B, T) = {(batch, time)}, True for new tokens which are not padding; leave out what the "

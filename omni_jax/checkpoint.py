@@ -19,9 +19,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
 
-from .checkpoint_folder import find_checkpoint
+from .checkpoint_folder import checked_path, find_checkpoint
 from .files import open_regular_file, write_atomic
-from .foreign_names import MAIN_PARTS, STATES, Named, named_file, named_weights
+from .foreign_names import MAIN_PARTS, STATES, Named, named_file, named_weights, type_name
 from .pt_archive import CheckpointError
 from .pt_format import read_pt, write_pt
 from .safetensors_format import read_safetensors, write_safetensors
@@ -44,6 +44,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 # Leaf name in JAX → in torch.
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
+_LEAF_NAMES |= {"cls": "cls", "pos": "pos"}  # ViTTiny's own
 # Names at the top of a file that no part can have.
 _TAKEN = ("model", "thinker", *STATES, "step", "best_val_loss", "sha256")
 
@@ -80,8 +81,9 @@ class Checkpoint:
 def load_checkpoint(path: str | os.PathLike[str], *, which: str = "best") -> Checkpoint:
     """Read a checkpoint file of the family, or the best or latest one of a folder; the content decides the kind.
 
-    Keys lose every `_orig_mod` part, and `thinker.` where the file holds a whole multimodal model. q, k and v stay as
-    the file has them: a fused one looks like a GQA file with as many groups as heads, and only the model can tell.
+    Keys lose every `_orig_mod` part, `module.` where all have it, and `thinker.` where the file holds a whole
+    multimodal model. q, k and v stay as the file has them: a fused one looks like a GQA file with as many groups as
+    heads, and only the model can tell.
 
     Args:
         which: for a folder. "best": `best*` or `*_best`, else as "latest". "latest": `last`, else the highest step
@@ -114,13 +116,13 @@ def load_weights(model: Model, state: Mapping[str, Array] | Checkpoint) -> Model
     """
     report, values = _plan(model, state)
     if isinstance(state, Checkpoint):
-        _check_thinker(state)
+        check_thinker(state)
     if not report.fits:
         raise CheckpointError(misfit(report))
     state_of_model = _variables(model)
     # Every new leaf is made before the first is put in its place. A copy: JAX may else share numpy's memory.
     leaves = [
-        (path, variable.replace(jnp.array(_layout(path, np.asarray(values[_torch_key(path)])), copy=True)))
+        (path, variable.replace(jnp.array(_from_torch(path, np.asarray(values[_torch_key(path)])), copy=True)))
         for path, variable in state_of_model.items()
     ]
     nnx.update(model, nnx.from_flat_state(leaves))
@@ -130,7 +132,7 @@ def load_weights(model: Model, state: Mapping[str, Array] | Checkpoint) -> Model
 def export_weights(model: nnx.Module) -> dict[str, Array]:
     """The model's weights by torch key and in torch's layout, as load_weights takes them; numpy arrays."""
     return {
-        _torch_key(path): _layout(path, np.asarray(variable.get_value()))
+        _torch_key(path): _to_torch(path, np.asarray(variable.get_value()))
         for path, variable in _variables(model).items()
     }
 
@@ -162,7 +164,7 @@ def save_checkpoint(
         CheckpointError: something that the format cannot hold, or a path that cannot be a file.
         OSError: the disk is full or fails; the file that was there before is as it was.
     """
-    path = Path(path)
+    path = checked_path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise CheckpointError(f"cannot save to {str(path)!r}: it is a folder, or its folder does not exist; create it")
     weights = export_weights(model) if isinstance(model, nnx.Module) else dict(model)
@@ -240,7 +242,7 @@ def _from_tree(tree: Any) -> Checkpoint:
     """Full, legacy and multimodal dicts."""
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise CheckpointError(
-            f"it holds a {type(tree).__name__}, not a dict by str; save {{'model': model.state_dict(), ...}}"
+            f"it holds a value of type {type_name(tree)}, not a dict by str; save {{'model': model.state_dict(), ...}}"
         )
     if "sha256" in tree and not is_array(tree["sha256"]):
         tree = dict(tree)
@@ -252,7 +254,7 @@ def _from_tree(tree: Any) -> Checkpoint:
     states = {key: tree.get(key) for key in STATES}
     for key, state in states.items():
         if not isinstance(state, dict | None):
-            raise CheckpointError(f"{key} is a {type(state).__name__}, not a dict; save {key}.state_dict()")
+            raise CheckpointError(f"{key} has type {type_name(state)}, not dict; save {key}.state_dict()")
     return _checkpoint(found, tree.get("step"), tree.get("best_val_loss"), **states)
 
 
@@ -285,12 +287,16 @@ def _checkpoint(found: Named, step: Any = None, loss: Any = None, **states: Any)
     )
 
 
-def _check_thinker(checkpoint: Checkpoint) -> None:
-    """Refuse a file without a thinker, such as one of the vision encoder alone."""
+def check_thinker(checkpoint: Checkpoint) -> None:
+    """Refuse a file without a thinker, such as one of the vision encoder alone.
+
+    Raises:
+        CheckpointError: it holds other parts only.
+    """
     if not checkpoint.model:
         raise CheckpointError(
-            f"it holds no weights of ThinkerLM, only of {', '.join(checkpoint.parts)} (a {checkpoint.kind} "
-            "checkpoint); give the thinker's file"
+            f"it holds no weights of ThinkerLM, only of {', '.join(checkpoint.parts)} (kind {checkpoint.kind}); give "
+            "the thinker's file"
         )
 
 
@@ -330,12 +336,18 @@ def _torch_key(path: tuple[Any, ...]) -> str:
         raise CheckpointError(
             f"no rule for the leaf {'.'.join(parents + [leaf])!r}; known are {', '.join(_LEAF_NAMES)}"
         )
+    if parents[-1:] == ["in_proj"]:  # torch's fused attention owns the parameters of its projection itself
+        return ".".join(parents) + f"_{_LEAF_NAMES[leaf]}"
     return ".".join(parents + [_LEAF_NAMES[leaf]])
 
 
-def _layout(path: tuple[Any, ...], value: np.ndarray) -> np.ndarray:
-    """From torch's layout to JAX's, or back: a Linear's kernel is the transposed weight."""
-    return value.T if path[-1] == "kernel" else value
+def _from_torch(path: tuple[Any, ...], value: np.ndarray) -> np.ndarray:
+    """From torch's layout to JAX's: a kernel is (*window, in, out), torch's weight (out, in, *window)."""
+    return value.transpose(*range(2, value.ndim), 1, 0) if path[-1] == "kernel" else value
+
+
+def _to_torch(path: tuple[Any, ...], value: np.ndarray) -> np.ndarray:
+    return value.transpose(-1, -2, *range(value.ndim - 2)) if path[-1] == "kernel" else value
 
 
 def _wanted(model: nnx.Module) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -344,7 +356,7 @@ def _wanted(model: nnx.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     for path, variable in _variables(model).items():
         value = variable.get_value()  # an array, or only its shape and dtype (nnx.eval_shape)
         shape = tuple(value.shape)
-        if path[-1] == "kernel" and len(shape) != 2:
-            raise CheckpointError(f"no layout rule for the kernel {_torch_key(path)!r} of shape {shape}; only 2-d ones")
-        wanted[_torch_key(path)] = (shape[::-1] if path[-1] == "kernel" else shape, value.dtype.name)
+        if path[-1] == "kernel":  # (*window, in, out), in torch (out, in, *window)
+            shape = (*shape[:-3:-1], *shape[:-2])
+        wanted[_torch_key(path)] = (shape, value.dtype.name)
     return wanted

@@ -12,7 +12,7 @@ from typing import Any
 from .pt_archive import CheckpointError
 from .state_tree import is_array
 
-__all__ = ["STATES", "MAIN_PARTS", "Named", "named_dict", "named_file", "named_weights"]
+__all__ = ["STATES", "MAIN_PARTS", "Named", "named_dict", "named_file", "named_weights", "type_name"]
 
 # What a file holds of the training, besides weights.
 STATES = ("optimizer", "scheduler", "scaler")
@@ -129,15 +129,19 @@ def _put(name: str, value: Any, key: str, into: dict[str, Any], origin: dict[str
 
 
 def _stripped(weights: Mapping[Any, Any]) -> dict[str, str]:
-    """Each key without the `_orig_mod` that torch.compile puts in front of, or between, its parts."""
-    wrong = [
-        f"{str(key)[:80]!r}: {type(value).__name__}" for key, value in weights.items() if not _is_weight(key, value)
-    ]
+    """Each key without the `_orig_mod` that torch.compile puts in front of, or between, its parts.
+
+    And without the `module.` that DistributedDataParallel puts in front of all of them.
+    """
+    wrong = [f"{str(key)[:80]!r}: {type_name(value)}" for key, value in weights.items() if not _is_weight(key, value)]
     if wrong:
         raise CheckpointError(f"the state dict holds what is no tensor by name: {', '.join(wrong[:5])}; save it again")
     if not weights:
         raise CheckpointError(_EMPTY)
-    return {key: ".".join(part for part in key.split(".") if part != "_orig_mod") for key in weights}
+    names = {key: ".".join(part for part in key.split(".") if part != "_orig_mod") for key in weights}
+    if all(name.startswith("module.") for name in names.values()):
+        names = {key: name.removeprefix("module.") for key, name in names.items()}
+    return names
 
 
 def _is_weight(key: object, value: object) -> bool:
@@ -145,5 +149,10 @@ def _is_weight(key: object, value: object) -> bool:
 
 
 def _not_a_model(tree: Mapping[str, Any]) -> str:
-    shown = ", ".join(f"{key[:40]!r}: {type(value).__name__}" for key, value in list(tree.items())[:5])
+    shown = ", ".join(f"{key[:40]!r}: {type_name(value)}" for key, value in list(tree.items())[:5])
     return f"it is no model: a dict with {{{shown}}}; save {{'model': model.state_dict(), ...}} or the bare state dict"
+
+
+def type_name(value: object) -> str:
+    """The name of a value's type for a message, the same in both twins."""
+    return "array" if is_array(value) else type(value).__name__

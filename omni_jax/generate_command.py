@@ -117,6 +117,8 @@ def _timed_rows(
 
 def _read_stdin() -> str:
     """The text on stdin, without the end of its last line, which echo and editors add."""
+    if sys.stdin is None:
+        raise ValueError("stdin is closed, and the prompt - is read from it; give the text to --prompt itself")
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8").removesuffix("\n").removesuffix("\r")

@@ -3,7 +3,7 @@
 Shapes: B rows (prompts times samples), P prompts, T prompt time, N new tokens, V vocabulary.
 
 A call runs two compiled programs: the prompts up to the first new token, and the loop over all others. Both are
-compiled once for a range of calls: prompts are padded to a power of two, the room for new tokens is a multiple of 64,
+compiled once for a range of calls: prompts are padded to a power of two, the room for new tokens is one from 64 up,
 and what may differ from call to call (weights, seed, limits, sampling settings) is an argument.
 """
 
@@ -21,8 +21,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .cache import KVCache, init_cache
-from .config import BOS_ID, EOS_ID, PAD_ID
+from .cache import KVCache, _check_window, init_cache
+from .config import EOS_ID, PAD_ID, ThinkerConfig
 from .layers import check_token_ids, statistics_dtype
 from .sampling import (
     _check_integer,
@@ -40,7 +40,7 @@ from .training_utils import NumericalError
 __all__ = ["Generation", "generate", "simple_inference"]
 
 _SHORTEST_PROMPT = 16
-_NEW_TOKENS_STEP = 64
+_LEAST_ROOM = 64
 _LARGEST_SEED = 2**32 - 1
 
 
@@ -84,7 +84,8 @@ def generate(
     `uniforms` of shape (rows, max_new_tokens); given the same ones the torch twin draws the same ids.
 
     Returns a Generation, or with `stream` an iterator that yields at each step a list with the new id of every row,
-    None for a row that has ended. Dropout is off; the model itself is not changed.
+    None for a row that has ended; the model's weights must not change while a stream is open. Dropout is off; the
+    model itself is not changed.
 
     Raises:
         ValueError: an empty prompt, one longer than ctx_len, more new tokens than fit, or a setting out of range,
@@ -95,25 +96,26 @@ def generate(
     prompts = _read_prompts(prompt_ids, model.config.vocab_size)
     _check_settings(temperature, top_k, top_p)
     _check_penalty(repetition_penalty)
-    _check_integer("num_samples", num_samples, 1, "use 1 for one continuation of each prompt")
-    _check_integer("seed", seed, 0, "give a seed from 0 up")
+    _check_window(window)
+    num_samples = _check_integer("num_samples", num_samples, 1, "use 1 for one continuation of each prompt")
+    seed = _check_integer("seed", seed, 0, "give a seed from 0 up")
     if seed > _LARGEST_SEED:
         raise ValueError(f"seed={seed} is not allowed: must be at most {_LARGEST_SEED}; give a smaller seed")
     if eos_id is not None:
+        eos_id = _check_integer("eos_id", eos_id, 0, "use None to end no row")
         check_token_ids(np.asarray(eos_id), model.config.vocab_size, "eos_id")
     rows = len(prompts) * num_samples
     longest = max(map(len, prompts))
     limit = _new_tokens(longest, max_new_tokens, model.config.ctx_len, window)
-    if uniforms is not None:
-        _check_uniforms(uniforms, rows, limit)
+    uniforms_BN = None if uniforms is None else _read_uniforms(uniforms, rows, limit)
     if limit == 0:
         return (
             iter(()) if stream else Generation([[] for _ in range(rows)], [[] for _ in range(rows)], ["length"] * rows)
         )
 
     vocab_size, ctx_len = model.config.vocab_size, model.config.ctx_len
-    time = min(ctx_len, max(_SHORTEST_PROMPT, 1 << (longest - 1).bit_length()))
-    room = _round_up(ctx_len if max_new_tokens is None else limit)
+    time = min(ctx_len, _power_of_two(longest, _SHORTEST_PROMPT))
+    room = _power_of_two(ctx_len if max_new_tokens is None else limit, _LEAST_ROOM)
     plan = _Plan(
         slots=ctx_len if window else min(ctx_len, time + room),
         room=room,
@@ -125,7 +127,7 @@ def generate(
     )
     settings = _Settings(
         limit=limit,
-        eos_id=-1 if eos_id is None else int(eos_id),
+        eos_id=-1 if eos_id is None else eos_id,
         temperature=float(temperature),
         top_k=min(int(top_k), vocab_size),
         top_p=float(top_p),
@@ -135,7 +137,7 @@ def generate(
     for row, prompt in zip(tokens_PT, prompts, strict=True):
         row[time - len(prompt) :] = prompt
     starts_P = np.array([time - len(prompt) for prompt in prompts], np.int32)
-    given = None if uniforms is None else np.pad(np.asarray(uniforms), ((0, 0), (0, room - limit)))
+    given = None if uniforms_BN is None or plan.greedy else np.pad(uniforms_BN, ((0, 0), (0, room - limit)))
     # As a tree: nnx.split, and hashing its graphdef at every call of a program, would cost ten times as much.
     weights, structure = jax.tree.flatten(model)
     begin = partial(_prefill, structure, weights, tokens_PT, starts_P, given, np.uint32(seed), settings, plan)
@@ -155,25 +157,26 @@ def generate(
     return result
 
 
-def simple_inference(model_path: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str], prompt: str) -> str:
+def simple_inference(
+    model_path: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str],
+    prompt: str,
+    *,
+    config: ThinkerConfig | str | os.PathLike[str] | None = None,
+    n_heads: int | None = None,
+) -> str:
     """The text of the likeliest token after `prompt`, from a checkpoint and its tokenizer's model file.
+
+    `config` and `n_heads` as in infer_config, where no config lies beside the checkpoint.
 
     Raises:
         ValueError: a file that cannot be used, a tokenizer whose vocabulary is not the model's, or a prompt longer
             than the model's ctx_len.
     """
-    from .thinker import ThinkerLM
-    from .tokenizer import BPETokenizer
+    from .prompting import load_model_and_tokenizer
 
-    tokenizer = BPETokenizer(tokenizer_path)
-    model = ThinkerLM.from_checkpoint(model_path)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer {os.fspath(tokenizer_path)} has {tokenizer.vocab_size} ids, the model "
-            f"{os.fspath(model_path)} has vocab_size={model.config.vocab_size}: must be equal; give the tokenizer that "
-            "the model was trained with"
-        )
-    result = generate(model, [BOS_ID, *tokenizer.encode(prompt)], max_new_tokens=1)
+    model, tokenizer, _ = load_model_and_tokenizer(model_path, tokenizer_path, config, n_heads)
+    result = generate(model, tokenizer.encode(prompt, add_bos=True), max_new_tokens=1)
     return tokenizer.decode(result.tokens[0])
 
 
@@ -334,16 +337,23 @@ def _rebuild(structure: Any, weights: Any) -> Any:
     return model
 
 
-def _round_up(count: int) -> int:
-    return -(-count // _NEW_TOKENS_STEP) * _NEW_TOKENS_STEP
+def _power_of_two(count: int, least: int) -> int:
+    """The smallest that is neither below `count` nor below `least`."""
+    return max(least, 1 << (count - 1).bit_length())
 
 
 def _read_prompts(prompt_ids: Any, vocab_size: int) -> list[np.ndarray]:
-    nested = len(prompt_ids) > 0 and np.ndim(prompt_ids[0]) > 0
+    try:
+        nested = len(prompt_ids) > 0 and np.ndim(prompt_ids[0]) > 0
+    except (TypeError, KeyError, ValueError):  # no sequence, or lists of different depth
+        nested = False
     prompts = []
     for i, prompt in enumerate(prompt_ids if nested else [prompt_ids]):
         name = f"prompt_ids[{i}]" if nested else "prompt_ids"
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except (TypeError, ValueError):  # numpy cannot make an array of it
+            ids = np.empty(0)
         if ids.ndim != 1 or len(ids) == 0 or ids.dtype.kind not in "iu":
             raise ValueError(
                 f"{name} must be a list of at least one token id, all integers, got {prompt!r:.60}; begin with the "
@@ -362,27 +372,34 @@ def _new_tokens(longest: int, max_new_tokens: int | None, ctx_len: int, window: 
         )
     if max_new_tokens is None:
         return ctx_len - longest
-    _check_integer("max_new_tokens", max_new_tokens, 0, "leave it out to go on to the model's ctx_len")
+    max_new_tokens = _check_integer("max_new_tokens", max_new_tokens, 0, "leave it out to go on to the model's ctx_len")
     if longest + max_new_tokens > ctx_len and not window:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens goes beyond ctx_len={ctx_len}: must "
             f"be at most {ctx_len - longest}; ask for fewer, or pass window=True to let the oldest tokens go"
         )
-    return int(max_new_tokens)
+    return max_new_tokens
 
 
-def _check_uniforms(uniforms: Any, rows: int, limit: int) -> None:
-    if np.shape(uniforms) != (rows, limit) or not np.issubdtype(np.asarray(uniforms).dtype, np.floating):
+def _read_uniforms(uniforms: Any, rows: int, limit: int) -> np.ndarray:
+    try:
+        uniforms_BN = np.asarray(uniforms)
+    except (TypeError, ValueError):
         raise ValueError(
-            f"uniforms have shape {np.shape(uniforms)} and dtype {np.asarray(uniforms).dtype}: must be floating point "
+            f"uniforms are a {type(uniforms).__name__} that is no array of numbers; pass an array"
+        ) from None
+    if uniforms_BN.shape != (rows, limit) or not jnp.issubdtype(uniforms_BN.dtype, jnp.floating):
+        raise ValueError(
+            f"uniforms have shape {uniforms_BN.shape} and dtype {uniforms_BN.dtype}: must be floating point "
             f"of shape (rows, max_new_tokens) = {(rows, limit)}; give one number per new token"
         )
-    _check_uniform_values("uniforms", np.asarray(uniforms))
+    _check_uniform_values("uniforms", uniforms_BN)
+    return uniforms_BN
 
 
 def _check_numbers(bad_B: np.ndarray, steps: int) -> None:
     if bad_B.any():
         raise NumericalError(
-            f"the logits of row {int(np.flatnonzero(bad_B)[0])} at step {steps - 1} hold NaN or inf; look at the "
-            "model's weights (check_numerical_stability finds the first bad one)"
+            f"the logits of row {int(np.flatnonzero(bad_B)[0])} at step {steps - 1} hold NaN or inf, or nothing but "
+            "-inf; look at the model's weights (check_numerical_stability finds the first bad one)"
         )

@@ -107,6 +107,11 @@ def _check_integers(dtype: Any, name: str) -> None:
         raise ValueError(f"{name} must hold integers, got {dtype}; pass token ids")
 
 
+def _check_array(name: str, x: Any) -> None:
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise ValueError(f"{name} is a {type(x).__name__}, must be an array; pass jnp.asarray({name})")
+
+
 def _not_an_id(what: str, vocab_size: int) -> str:
     return (
         f"{what} is not a token id of this model: allowed are 0 to {vocab_size - 1} (vocab_size={vocab_size}); encode "

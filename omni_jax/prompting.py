@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint_folder import find_checkpoint
+from .config import ThinkerConfig
 from .files import open_regular_file
 from .pt_archive import CheckpointError
 from .tokenizer import BPETokenizer
@@ -22,7 +23,10 @@ _Path = str | os.PathLike[str]
 
 
 def load_model_and_tokenizer(
-    checkpoint: _Path, tokenizer: _Path | None = None, config: _Path | None = None, n_heads: int | None = None
+    checkpoint: _Path,
+    tokenizer: _Path | None = None,
+    config: ThinkerConfig | _Path | None = None,
+    n_heads: int | None = None,
 ) -> tuple[Any, BPETokenizer, Path]:
     """The model of a checkpoint, its tokenizer, and the path of the tokenizer's file.
 
@@ -41,7 +45,7 @@ def load_model_and_tokenizer(
     if tokenizer is None and not path.is_file():
         raise ValueError(
             f"there is no tokenizer.model beside the checkpoint {str(checkpoint)!r}; name the SentencePiece model that "
-            "it was trained with: --tokenizer FILE"
+            "it was trained with: tokenizer= (--tokenizer FILE)"
         )
     vocabulary = BPETokenizer(path)  # before the weights: it is quickly refused
     model = ThinkerLM.from_checkpoint(checkpoint, config=config, n_heads=n_heads)

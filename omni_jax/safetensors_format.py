@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from .pt_archive import CheckpointError
+from .state_tree import dtype_name
 
 __all__ = ["read_safetensors", "write_safetensors"]
 
@@ -54,19 +55,21 @@ def read_safetensors(stream: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def write_safetensors(stream: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write arrays under their names; equal arrays give equal files.
+    """Write arrays under their names; equal arrays and metadata give equal files, in either twin.
 
     Raises:
         CheckpointError: a dtype that the format does not have; nothing has been written then.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     own: list[np.ndarray] = []
     at = 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):  # widest first: all stay aligned
         array = tensors[name]
         code = next((code for code, dtype in _DTYPES.items() if dtype == array.dtype), None)
         if code is None:
-            raise CheckpointError(f"cannot save {name!r} of dtype {array.dtype}; allowed are {', '.join(_DTYPES)}")
+            raise CheckpointError(
+                f"cannot save {name!r} of dtype {dtype_name(array)}; allowed are {', '.join(_DTYPES)}"
+            )
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
         own.append(np.asarray(array, order="C"))  # ascontiguousarray would make 0-d arrays 1-d
         at += array.nbytes

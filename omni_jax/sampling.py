@@ -24,7 +24,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import statistics_dtype
+from .layers import _check_array, statistics_dtype
 
 __all__ = ["apply_repetition_penalty", "truncated_probabilities", "sample"]
 
@@ -40,13 +40,14 @@ def apply_repetition_penalty(
 
     Raises:
         ValueError: logits that are not (B, V) floats, `seen` of another shape or not boolean, a penalty that is not a
-            positive number.
+            number from 1e-6 to 1e6.
 
     Source: Keskar et al., CTRL, arXiv 1909.05858, section 4.1; a negative logit is multiplied, as dividing it would
     make the token likelier.
     """
     logits_BV = _check_rows("logits_BV", logits_BV)
     _check_penalty(repetition_penalty)
+    _check_array("seen_BV", seen_BV)
     if seen_BV.dtype != jnp.bool_ or seen_BV.shape != logits_BV.shape:
         raise ValueError(
             f"seen_BV has shape {tuple(seen_BV.shape)} and dtype {seen_BV.dtype}: must be boolean, of the logits' "
@@ -87,11 +88,12 @@ def sample(p_BV: Float[Array, "B V"], uniforms_B: Float[Array, " B"]) -> Int[Arr
 
     Raises:
         ValueError: p not (B, V) floats or uniforms not (B,) floats; where they are concrete, p negative, not finite or
-            all 0 in a row, or uniforms outside [0, 1).
+            all 0 in a row, or of an infinite sum; uniforms outside [0, 1).
 
     Source: Devroye, Non-Uniform Random Variate Generation (1986), section III.2.
     """
     p_BV = _check_rows("p_BV", p_BV)
+    _check_array("uniforms_B", uniforms_B)
     if tuple(uniforms_B.shape) != p_BV.shape[:1] or not jnp.issubdtype(uniforms_B.dtype, jnp.floating):
         raise ValueError(
             f"uniforms_B have shape {tuple(uniforms_B.shape)} and dtype {uniforms_B.dtype}: must be floating point of "
@@ -127,6 +129,7 @@ def _probabilities(logits_BV: Array, temperature: Any, top_k: Any, top_p: Any, t
         count_B1 = jnp.full((logits_BV.shape[0], 1), jnp.minimum(top_k, logits_BV.shape[1]), jnp.int32)
         top_BV = _smallest_set(logits_BV, jnp.ones(logits_BV.shape, jnp.int32), count_B1, top_k == 0)
         mass_BV = jnp.where(top_BV, mass_BV, 0.0)
+        top_p = jnp.asarray(top_p, logits_BV.dtype)  # what rounds to 1 is 1
         goal_B1 = jnp.maximum(top_p * jnp.sum(mass_BV, axis=-1, keepdims=True), smallest)
         mass_BV = jnp.where(_smallest_set(logits_BV, mass_BV, goal_B1, top_p >= 1.0), mass_BV, 0.0)
     return mass_BV / jnp.sum(mass_BV, axis=-1, keepdims=True)
@@ -190,12 +193,14 @@ def _draw(p_BV: Array, uniforms_B: Array) -> Array:
 def _first_beyond(mass_BN: Array, goal_B1: Array) -> tuple[Array, Array]:
     """The first place whose cumulative sum exceeds the goal, and what of the goal is left when it begins.
 
-    A goal that rounding has lifted to the whole sum is lowered below it: the place found always has mass.
+    XLA's cumulative sums are not monotone: only places with mass count, and the largest of their sums is the whole. A
+    goal that rounding has lifted to it is lowered, so that there is a place beyond it.
     """
     sums_BN = jnp.cumsum(mass_BN, axis=-1)
-    total_B1 = sums_BN[:, -1:]
+    ends_BN = jnp.where(mass_BN > 0.0, sums_BN, 0.0)
+    total_B1 = jnp.max(ends_BN, axis=-1, keepdims=True)
     goal_B1 = jnp.minimum(goal_B1, jnp.nextafter(total_B1, jnp.zeros_like(total_B1)))
-    at_B1 = jnp.argmax(sums_BN > goal_B1, axis=-1, keepdims=True).astype(jnp.int32)
+    at_B1 = jnp.argmax(ends_BN > goal_B1, axis=-1, keepdims=True).astype(jnp.int32)
     before_B1 = jnp.where(at_B1 > 0, jnp.take_along_axis(sums_BN, jnp.maximum(at_B1 - 1, 0), axis=-1), 0.0)
     return at_B1, goal_B1 - before_B1
 
@@ -211,29 +216,33 @@ def _check_settings(temperature: float, top_k: int, top_p: float) -> None:
 
 
 def _check_penalty(repetition_penalty: float) -> None:
-    _check_number("repetition_penalty", repetition_penalty, 0.0, math.inf, "use 1 for none, 1.2 for CTRL's")
-    if repetition_penalty == 0.0:
-        raise ValueError("repetition_penalty=0 is not allowed: must be above 0; use 1 for none")
+    # Beyond these the products of ordinary logits would overflow, or all become 0.
+    _check_number("repetition_penalty", repetition_penalty, 1e-6, 1e6, "use 1 for none, 1.2 for CTRL's")
 
 
 def _check_number(name: str, value: Any, least: float, most: float, fix: str) -> None:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not least <= float(value) <= most:
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
+    if not math.isfinite(number) or not least <= number <= most:
         allowed = f"from {least:g}" + (f" to {most:g}" if math.isfinite(most) else " up, and finite")
-        raise ValueError(f"{name}={value!r} is not allowed: must be a number {allowed}; {fix}")
+        raise ValueError(f"{name}={value!r:.60} is not allowed: must be a number {allowed}; {fix}")
 
 
-def _check_integer(name: str, value: Any, least: int, fix: str) -> None:
+def _check_integer(name: str, value: Any, least: int, fix: str) -> int:
     try:
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least:
-        raise ValueError(f"{name}={value!r} is not allowed: must be an integer from {least} up; {fix}")
+        raise ValueError(f"{name}={value!r:.60} is not allowed: must be an integer from {least} up; {fix}")
+    return number
 
 
 def _check_rows(name: str, x: Any) -> Array:
     """x in the dtype that sampling computes in."""
+    _check_array(name, x)
     if x.ndim != 2 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} have shape {tuple(x.shape)} and dtype {x.dtype}: must be floating point of shape (B, V) with at "
@@ -246,18 +255,22 @@ def _check_logit_values(logits_BV: np.ndarray) -> None:
     largest_B = logits_BV.max(axis=-1)  # NaN if one is
     bad = np.flatnonzero(~np.isfinite(largest_B))
     if bad.size:
+        value = largest_B[bad[0]]
+        what = "nothing but -inf" if value == -math.inf else f"{value}"
         raise ValueError(
-            f"logits_BV[{bad[0]}] has {largest_B[bad[0]]} as its largest value: NaN and inf are not allowed, and one "
-            "logit must be above -inf; look at what made them"
+            f"logits_BV[{bad[0]}] holds {what}: NaN and inf are not allowed, and one logit must be above -inf; look "
+            "at what made them"
         )
 
 
 def _check_probability_values(p_BV: np.ndarray) -> None:
-    bad = np.flatnonzero(~(np.isfinite(p_BV) & (p_BV >= 0.0)).all(axis=-1) | ~(p_BV > 0.0).any(axis=-1))
+    with np.errstate(over="ignore"):
+        sums_B = p_BV.sum(axis=-1)
+    bad = np.flatnonzero(~((p_BV >= 0.0).all(axis=-1) & (sums_B >= np.finfo(p_BV.dtype).tiny) & np.isfinite(sums_B)))
     if bad.size:
         raise ValueError(
-            f"p_BV[{bad[0]}] is no distribution: must be finite, not negative, and above 0 somewhere; "
-            "take it from truncated_probabilities"
+            f"p_BV[{bad[0]}] is no distribution: must be finite, not negative, and of a sum that is above 0 "
+            "and finite; take it from truncated_probabilities"
         )
 
 

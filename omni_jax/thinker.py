@@ -25,7 +25,17 @@ from jaxtyping import Array, Bool, Float, Int
 from .attention import CausalSelfAttention, default_positions, make_attention_mask
 from .cache import KVCache, _CachedCall, _check_cache
 from .config import ThinkerConfig
-from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, _linear, _make_dropout, rope_frequencies
+from .layers import (
+    GELUMLP,
+    MoE,
+    RMSNorm,
+    SwiGLU,
+    TokenEmbedding,
+    _check_array,
+    _linear,
+    _make_dropout,
+    rope_frequencies,
+)
 
 __all__ = ["Block", "ThinkerLM", "num_parameters"]
 
@@ -274,6 +284,7 @@ class ThinkerLM(nnx.Module):
                     "positions= to go beyond what the model was trained for"
                 )
             return default_positions(T, attention_mask)
+        _check_array("positions", positions)
         if tuple(positions.shape) not in ((T,), (1, T), (B, T)) or not jnp.issubdtype(positions.dtype, jnp.integer):
             raise ValueError(
                 f"positions have shape {tuple(positions.shape)} and dtype {positions.dtype}: must be integers "
@@ -314,6 +325,7 @@ def _draw(state: nnx.State, key: Array, rngs: nnx.Rngs) -> nnx.State:
 
 
 def _check_rank(name: str, x: Any, shape: str) -> None:
+    _check_array(name, x)
     if x.ndim != shape.count(",") + 1 or 0 in x.shape:
         raise ValueError(
             f"{name} have shape {tuple(x.shape)}: must be {shape} with at least one entry on each axis; "

@@ -42,7 +42,13 @@ _TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest t
 _Penalty = Annotated[
     float, typer.Option("--repetition-penalty", help="Above 1, tokens that were there already become less likely.")
 ]
-_Seed = Annotated[int, typer.Option("--seed", help="Seed of what is drawn.")]
+_Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        help="Seed of what is drawn. Each twin has its own random numbers: above temperature 0 their texts differ.",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -161,13 +167,15 @@ def chat(
 @app.command()
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint file, or a folder, whose best checkpoint is taken.")],
+    config: _Config = None,
+    n_heads: _Heads = None,
     as_json: _Json = False,
 ) -> None:
     """Say what a checkpoint holds: architecture, parameters, training state."""
     from .inspection import inspect_checkpoint
 
     with _exit_codes("interrupted"):
-        found = inspect_checkpoint(checkpoint)
+        found = inspect_checkpoint(checkpoint, config=config, n_heads=n_heads)
         print(json.dumps(found.to_dict()) if as_json else found)
 
 
@@ -198,6 +206,8 @@ def convert(
         print(f"{kinds}: {len(made.target_arrays)} arrays, no bit changed")
         for name, reason in made.dropped.items():
             print(f"left out: {name} ({reason})")
+        for note in made.notes:
+            print(note)
 
 
 @contextmanager
@@ -208,7 +218,8 @@ def _exit_codes(interrupted: str) -> Iterator[None]:
     except BrokenPipeError:
         raise  # the reader of stdout has gone: typer ends quietly
     except (ValueError, OSError) as bad:
-        _fail(f"error: {' '.join(str(bad).split())}", 2)
+        words = " ".join(str(bad).split()).replace("window=True", "--window")  # generate has the argument's name
+        _fail(f"error: {words}", 2)
     except NumericalError as bad:
         _fail(f"error: {' '.join(str(bad).split())}", 1)
     except KeyboardInterrupt:

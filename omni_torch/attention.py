@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .layers import apply_rope, statistics_dtype
+from .layers import _check_tensor, _name, apply_rope, statistics_dtype
 
 __all__ = ["make_attention_mask", "default_positions", "attend", "simple_attention", "CausalSelfAttention"]
 
@@ -39,6 +39,7 @@ def make_attention_mask(
     causal_TS = torch.ones(time, time, dtype=torch.bool, device=device).tril()
     if attention_mask is None:
         return causal_TS[None]
+    _check_tensor("attention_mask", attention_mask)
     if attention_mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask must be boolean (True: may be attended to), got {_name(attention_mask.dtype)}; "
@@ -134,8 +135,18 @@ def simple_attention(
 
     weights[t, s] is how much query t takes from value s; each query's weights sum to 1.
 
+    Raises:
+        ValueError: fewer than two axes, d or S of 0, or sizes that do not belong together.
+
     Source: Vaswani et al., arXiv 1706.03762, equation 1.
     """
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    q, k, v = shapes
+    if min(map(len, shapes)) < 2 or q[-1] != k[-1] or k[-2] != v[-2] or 0 in k[-2:]:
+        raise ValueError(
+            f"query, key, value have shapes {q}, {k}, {v}: must be (..., T, d), (..., S, d), (..., S, D) with d and S "
+            "of at least 1; add the missing axis, or give each key its value"
+        )
     scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]))
     weights = torch.softmax(scores, dim=-1)
     return weights @ value, weights
@@ -191,7 +202,3 @@ class CausalSelfAttention(nn.Module):
         else:
             y_BTHd = _attend_fused(q_BTHd, k_BSKd, v_BSKd, mask_BTS)
         return self.o(y_BTHd.reshape(B, T, D))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .layers import _check_tensor, _name
+
 __all__ = ["KVCache", "init_cache"]
 
 
@@ -47,8 +49,9 @@ def init_cache(model: Any, batch_size: int, max_length: int | None = None, windo
     every layer.
 
     Raises:
-        ValueError: batch_size or max_length below 1.
+        ValueError: batch_size or max_length below 1; a window that is not a bool.
     """
+    _check_window(window)
     slots = model.config.ctx_len if max_length is None else max_length
     for name, value in (("batch_size", batch_size), ("max_length", slots)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -81,8 +84,10 @@ class _CachedCall:
             torch.ones(B, time, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
         )
         counted_BT = self._new_BT.cumsum(dim=1)
-        self.positions_BT = (cache.count[:, None] + counted_BT - 1).clamp(min=0)
-        self._start = cache.length % self._slots if cache.window else cache.length
+        self.positions_BT = cache.count[:, None] + counted_BT - 1  # −1 where neither a token nor a key can be seen
+        if cache.window:
+            # As a tensor: torch.compile would make a program for each number that it slices a ring at.
+            self._slots_T = (cache.length + torch.arange(time, device=device)) % self._slots
         # Only the slots in use are attended to.
         self._used = min(cache.length + time, self._slots)
         # Several tokens past the end of a ring: what they push out is still seen by the first of them.
@@ -91,10 +96,10 @@ class _CachedCall:
 
     def _write(self, buffer_BS: Tensor, new_BT: Tensor) -> None:
         """`new` (B, T, ...) into the next T slots of `buffer` (B, S, ...)."""
-        first = min(self._time, self._slots - self._start)
-        buffer_BS[:, self._start : self._start + first] = new_BT[:, :first].detach()
-        if first < self._time:
-            buffer_BS[:, : self._time - first] = new_BT[:, first:].detach()
+        if self._cache.window:
+            buffer_BS.index_copy_(1, self._slots_T, new_BT.detach())
+        else:
+            buffer_BS[:, self._cache.length : self._cache.length + self._time] = new_BT.detach()
 
     def mask(self) -> Bool[Tensor, "B T S"]:
         """Which stored key each new query may see: kept ones up to itself, in a ring the last S of them."""
@@ -102,9 +107,7 @@ class _CachedCall:
         old_BS = self._cache.kept[:, : min(length, self._slots)]
         if self._time == 1:
             if length >= self._slots:  # the new token takes the place of the one that leaves the window
-                old_BS = old_BS.clone()
-                old_BS[:, self._start] = self._new_BT[:, 0]
-                return old_BS[:, None]
+                return old_BS.index_copy(1, self._slots_T, self._new_BT)[:, None]
             return torch.cat([old_BS, self._new_BT], dim=1)[:, None]
         causal_TT = torch.ones(self._time, self._time, dtype=torch.bool, device=device).tril()
         old_BTS = old_BS[:, None].expand(-1, self._time, -1)
@@ -143,6 +146,11 @@ class _LayerCache:
         return seen
 
 
+def _check_window(window: Any) -> None:
+    if not isinstance(window, bool):
+        raise ValueError(f"window={window!r} is not allowed: must be True or False; use True for a ring of slots")
+
+
 def _heads(model: Any) -> tuple[int, int]:
     attn = model.blocks[0].attn
     return attn.kv_heads, attn.head_dim
@@ -167,20 +175,21 @@ def _check_cache(cache: Any, model: Any, batch: int, time: int, attention_mask: 
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache is a {type(cache).__name__}, must be a KVCache; make one with init_cache(model, B)")
     S = cache.kept.shape[-1]
-    first, table = cache.k[0] if cache.k else None, model.tok_emb.weight
-    found = (len(cache.k), tuple(first.shape), first.dtype, first.device) if first is not None else (0, (), None, None)
-    wanted = (len(model.blocks), (batch, S, *_heads(model)), table.dtype, table.device)
+    first, table = cache.k[0] if cache.k else torch.empty(0), model.tok_emb.weight
+    found = (len(cache.k), tuple(first.shape), _name(first.dtype), first.device)
+    wanted = (len(model.blocks), (batch, S, *_heads(model)), _name(table.dtype), table.device)
     if found != wanted or tuple(cache.kept.shape) != (batch, S) or tuple(cache.count.shape) != (batch,):
         raise ValueError(
             f"cache has {found[0]} layers of (B, S, K, d) = {found[1]} in {found[2]} on {found[3]}, this model and "
             f"input need {wanted[0]} of {wanted[1]} in {wanted[2]} on {wanted[3]}; make one with "
             f"init_cache(model, batch_size={batch})"
         )
-    if attention_mask is not None and (
-        attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != (batch, time)
-    ):
+    if attention_mask is None:
+        return
+    _check_tensor("attention_mask", attention_mask)
+    if attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != (batch, time):
         raise ValueError(
-            f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}: with a cache it must be "
-            f"boolean of shape (B, T) = {(batch, time)}, True for new tokens which are not padding; leave out what the "
-            "cache already knows"
+            f"attention_mask is {_name(attention_mask.dtype)} of shape {tuple(attention_mask.shape)}: with a cache it "
+            f"must be boolean of shape (B, T) = {(batch, time)}, True for new tokens which are not padding; leave out "
+            "what the cache already knows"
         )

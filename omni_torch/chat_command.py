@@ -44,13 +44,15 @@ def run_chat(
     """
     from .generation import generate
 
+    if sys.stdin is None:
+        raise ValueError("stdin is closed, and a chat reads its lines from it; start it with stdin open")
     model, vocabulary, _ = load_model_and_tokenizer(checkpoint, tokenizer, config, n_heads)
     ctx_len = model.config.ctx_len
     longest = min(_LONGEST_REPLY, ctx_len // 2) if max_new_tokens is None else max_new_tokens
     if not 1 <= longest <= ctx_len - 2:
         raise ValueError(
             f"max_new_tokens={longest} is not allowed: must be 1 to {ctx_len - 2}, for a context of ctx_len={ctx_len} "
-            "holds a reply and at least two tokens before it; give another --max-new-tokens"
+            "holds a reply and at least two tokens before it; give another max_new_tokens (--max-new-tokens)"
         )
     generate(model, [BOS_ID], max_new_tokens=0, seed=seed, **settings)  # refuses bad settings before anything is said
     with suppress(ImportError):  # not on every system; where it is there, lines can be edited

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Shaped
 from torch import nn
 
-from .checkpoint_folder import find_checkpoint
+from .checkpoint_folder import checked_path, find_checkpoint
 from .files import open_regular_file, write_atomic
-from .foreign_names import MAIN_PARTS, STATES, Named, named_file, named_weights
+from .foreign_names import MAIN_PARTS, STATES, Named, named_file, named_weights, type_name
 from .pt_archive import CheckpointError
 from .pt_format import read_pt, write_pt
 from .safetensors_format import read_safetensors, write_safetensors
@@ -75,8 +75,9 @@ class Checkpoint:
 def load_checkpoint(path: str | os.PathLike[str], *, which: str = "best") -> Checkpoint:
     """Read a checkpoint file of the family, or the best or latest one of a folder; the content decides the kind.
 
-    Keys lose every `_orig_mod` part, and `thinker.` where the file holds a whole multimodal model. q, k and v stay as
-    the file has them: a fused one looks like a GQA file with as many groups as heads, and only the model can tell.
+    Keys lose every `_orig_mod` part, `module.` where all have it, and `thinker.` where the file holds a whole
+    multimodal model. q, k and v stay as the file has them: a fused one looks like a GQA file with as many groups as
+    heads, and only the model can tell.
 
     Args:
         which: for a folder. "best": `best*` or `*_best`, else as "latest". "latest": `last`, else the highest step
@@ -109,7 +110,7 @@ def load_weights(model: Model, state: Mapping[str, Tensor] | Checkpoint) -> Mode
     """
     report, values = _plan(model, state)
     if isinstance(state, Checkpoint):
-        _check_thinker(state)
+        check_thinker(state)
     if not report.fits:
         raise CheckpointError(misfit(report))
     targets = model.state_dict(keep_vars=True)
@@ -151,7 +152,7 @@ def save_checkpoint(
         CheckpointError: something that the format cannot hold, or a path that cannot be a file.
         OSError: the disk is full or fails; the file that was there before is as it was.
     """
-    path = Path(path)
+    path = checked_path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise CheckpointError(f"cannot save to {str(path)!r}: it is a folder, or its folder does not exist; create it")
     weights = export_weights(model) if isinstance(model, nn.Module) else dict(model)
@@ -229,7 +230,7 @@ def _from_tree(tree: Any) -> Checkpoint:
     """Full, legacy and multimodal dicts."""
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise CheckpointError(
-            f"it holds a {type(tree).__name__}, not a dict by str; save {{'model': model.state_dict(), ...}}"
+            f"it holds a value of type {type_name(tree)}, not a dict by str; save {{'model': model.state_dict(), ...}}"
         )
     if "sha256" in tree and not is_array(tree["sha256"]):
         tree = dict(tree)
@@ -241,7 +242,7 @@ def _from_tree(tree: Any) -> Checkpoint:
     states = {key: tree.get(key) for key in STATES}
     for key, state in states.items():
         if not isinstance(state, dict | None):
-            raise CheckpointError(f"{key} is a {type(state).__name__}, not a dict; save {key}.state_dict()")
+            raise CheckpointError(f"{key} has type {type_name(state)}, not dict; save {key}.state_dict()")
     return _checkpoint(found, tree.get("step"), tree.get("best_val_loss"), **states)
 
 
@@ -274,12 +275,16 @@ def _checkpoint(found: Named, step: Any = None, loss: Any = None, **states: Any)
     )
 
 
-def _check_thinker(checkpoint: Checkpoint) -> None:
-    """Refuse a file without a thinker, such as one of the vision encoder alone."""
+def check_thinker(checkpoint: Checkpoint) -> None:
+    """Refuse a file without a thinker, such as one of the vision encoder alone.
+
+    Raises:
+        CheckpointError: it holds other parts only.
+    """
     if not checkpoint.model:
         raise CheckpointError(
-            f"it holds no weights of ThinkerLM, only of {', '.join(checkpoint.parts)} (a {checkpoint.kind} "
-            "checkpoint); give the thinker's file"
+            f"it holds no weights of ThinkerLM, only of {', '.join(checkpoint.parts)} (kind {checkpoint.kind}); give "
+            "the thinker's file"
         )
 
 

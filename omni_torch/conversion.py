@@ -5,20 +5,22 @@ The same file stands in both twins (omni_torch's copy).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from .architecture import find_config, infer_config
+from .architecture import Architecture, find_config, infer_config, read_given
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from .checkpoint_folder import find_checkpoint
-from .config import ThinkerConfig, read_config
+from .checkpoint_folder import checked_path, find_checkpoint
+from .config import ThinkerConfig
 from .files import write_atomic
 from .foreign_names import STATES
 from .inspection import file_digest
@@ -30,6 +32,11 @@ __all__ = ["Manifest", "convert_checkpoint"]
 
 _KINDS = ("full", "legacy", "safetensors", "multimodal")
 _FUSED = re.compile(r"(.*\.)?attn\.qkv\.(weight|bias)")
+_FIXES = {
+    errno.ENOSPC: "free space on that disk, or give a target on another one",
+    errno.EDQUOT: "free space in your quota, or give a target on another disk",
+    errno.ENAMETOOLONG: "give a shorter name: the manifest's adds .manifest.json to it",
+}
 _PART = re.compile(r"(.*\.)?attn\.([qkv])\.(weight|bias)")
 
 
@@ -45,8 +52,9 @@ class Manifest:
         regrouped: array of the target → the source's arrays that it was made from, where q, k and v were joined or
             split.
         dropped: what the source held and the target does not → why.
-        config: the target's config.json, or None where none was written or found right.
+        config: the model's, where the target has it beside (a .safetensors file) or it was given; else None.
         told: where each field of that config comes from, as in Architecture.
+        notes: sentences for who reads the target: which fields of the config are assumed, that it needs one.
     """
 
     source: str
@@ -62,6 +70,7 @@ class Manifest:
     dropped: dict[str, str]
     config: dict[str, Any] | None
     told: dict[str, str]
+    notes: list[str]
 
     def to_json(self) -> str:
         """One JSON object, indented: the manifest's file."""
@@ -74,46 +83,66 @@ def convert_checkpoint(
     kind: str | None = None,
     *,
     split_qkv: bool | None = None,
-    config: ThinkerConfig | str | os.PathLike[str] | None = None,
+    config: ThinkerConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     n_heads: int | None = None,
 ) -> Manifest:
     """Write the checkpoint `source` to `target` as another kind, no bit of any array changed.
 
     The new file is written beside its place, read back, compared with the source array by array, and only then put
-    there, with its manifest; a .safetensors file of a thinker also gets a config.json, unless an equal one is there.
-    An error leaves everything as it was.
+    there, with its manifest; a .safetensors file of a thinker also gets a config.json, unless its config is there. It
+    holds what is told: what is assumed is left out, and assumed again by who reads it. An error leaves everything as
+    it was.
 
     Args:
         source: a file, or a folder, whose best checkpoint is taken.
         kind: "full" {model, optimizer, ...}, "legacy" (the bare state dict), "safetensors", or "multimodal" {thinker,
-            part, ...}. None: safetensors by the target's suffix; else the source's own, and for a safetensors source
-            multimodal where it has other parts, full where it says its step, legacy otherwise.
+            part, ...}. None: safetensors by the target's suffix, which leaves the training state out as `kind` would;
+            else the source's own, and for a safetensors source multimodal where it has other parts, full where it says
+            its step, legacy otherwise.
         split_qkv: True: q, k and v apart; False: joined as qkv; None: as the source has them.
-        config, n_heads: for config.json, where neither a config beside the source nor the shapes tell (see
-            infer_config).
+        config, n_heads: the model's, where neither a config beside the source nor the shapes tell (see infer_config);
+            checked, whatever the target.
 
     Raises:
-        CheckpointError: as load_checkpoint and save_checkpoint; the target is the source; the target's kind cannot
-            hold what the source holds, and `kind` was not given to leave it out; q, k and v that cannot be joined.
-        ValueError: an unknown kind, or one that does not go with the target's suffix; as infer_config; a config.json of
-            another model lies in the target's folder.
+        CheckpointError: as load_checkpoint and save_checkpoint; the target is the source, or no regular file; its kind
+            cannot hold what the source holds, and was not asked for; q, k and v that cannot be joined.
+        ValueError: an unknown kind, or one that does not go with the target's suffix; as infer_config; the config of
+            another model lies where the target's is looked for.
         OSError: the disk is full or fails.
     """
-    file, place = find_checkpoint(source), Path(os.path.realpath(target))
-    _check_place(file, place, Path(target))
+    try:
+        return _convert(source, target, kind, split_qkv, config, n_heads)
+    except OSError as bad:
+        fix = _FIXES.get(bad.errno or 0, "check the disk and the folder's permissions")
+        raise OSError(bad.errno, f"cannot write {str(target)!r}: {bad.strerror or bad}; {fix}") from None
+
+
+def _convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    kind: str | None,
+    split_qkv: bool | None,
+    config: ThinkerConfig | Mapping[str, Any] | str | os.PathLike[str] | None,
+    n_heads: int | None,
+) -> Manifest:
+    target = checked_path(target, "target")
+    file, place = find_checkpoint(source), Path(os.path.realpath(target))  # a link stays a link
+    _check_place(file, place, target)
     before = file_digest(file)
     held = load_checkpoint(file)
     made_kind = _kind(kind, place, held)
-    kept, dropped = _kept(held, made_kind, kind is not None)
+    kept, dropped = _kept(held, made_kind, kind is not None or place.suffix == ".safetensors")
     model, regrouped = _regrouped(held.model, split_qkv)
     if regrouped and kept.optimizer is not None:
         raise CheckpointError(
-            "split_qkv changes the parameters that the optimizer's state belongs to, so both cannot be had; leave "
-            "split_qkv out, or drop the training state by kind='legacy'"
+            "q, k and v apart or joined (split_qkv, --split-qkv, --fuse-qkv) are other parameters than the optimizer's "
+            "state belongs to, so both cannot be had; leave that out, or drop the training state: kind='legacy' "
+            "(--kind legacy)"
         )
     kept = replace(kept, model=model)
-    described = _config(file, place, kept, config, n_heads) if made_kind == "safetensors" and held.model else None
-    staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    given = config is not None or n_heads is not None
+    found, alone, notes = _described(file, place, target, kept, config, n_heads, given or made_kind == "safetensors")
+    staging = Path(tempfile.mkdtemp(prefix=".convert.", dir=place.parent))
     try:
         staged = staging / place.name
         _write(staged, kept, made_kind)
@@ -133,24 +162,53 @@ def convert_checkpoint(
             renamed=held.renamed,
             regrouped=regrouped,
             dropped=dropped,
-            config=described[0].to_dict() if described else None,
-            told=described[1] if described else {},
+            config=found.config.to_dict() if found else None,
+            told=found.told if found else {},
+            notes=notes,
         )
-        files = [place.name]
-        if described and not place.with_name("config.json").exists():
-            described[0].to_json(staging / "config.json")
+        files = [place.name, _manifest_of(place).name]
+        if found and alone and made_kind == "safetensors":
+            # Without what is assumed: so whoever reads it assumes the same, and can tell.
+            assumed = {field.name: field.default for field in fields(ThinkerConfig) if field.name in found.assumed}
+            values = {k: v for k, v in found.config.to_dict().items() if k not in assumed or v != assumed[k]}
+            _put(staging / "config.json", json.dumps(values, indent=2) + "\n")
             files.insert(0, "config.json")
-        proof = f"{place.name}.manifest.json"
-        write_atomic(staging / proof, lambda stream: _put(stream, manifest.to_json()))
-        for name in [*files, proof]:
-            os.replace(staging / name, place.with_name(name))
+        _put(staging / files[-1], manifest.to_json())
+        _move(staging, files, place.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 
-def _put(stream: Any, text: str) -> None:
-    stream.write(text.encode("utf-8"))
+def _put(path: Path, text: str) -> None:
+    def write(stream: BinaryIO) -> None:
+        stream.write(text.encode("utf-8"))
+
+    write_atomic(path, write)
+
+
+def _move(staging: Path, names: list[str], folder: Path) -> None:
+    """Put the files in their places, all of them or none; one that replaces another takes its permission bits."""
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for name in names:
+            there, old = folder / name, None
+            if there.exists():
+                os.chmod(staging / name, stat.S_IMODE(there.stat().st_mode))
+                old = staging / f"{name}.old"
+                try:
+                    os.link(there, old)
+                except OSError:  # a file system without hard links
+                    shutil.copy2(there, old)
+            done.append((there, old))
+            os.replace(staging / name, there)
+    except BaseException:
+        for there, old in reversed(done):
+            if old is not None:
+                os.replace(old, there)
+            elif not (staging / there.name).exists():
+                there.unlink(missing_ok=True)
+        raise
 
 
 def _check_place(file: Path, place: Path, target: Path) -> None:
@@ -158,8 +216,13 @@ def _check_place(file: Path, place: Path, target: Path) -> None:
         raise CheckpointError(
             f"cannot save to {str(target)!r}: it is a folder, or its folder does not exist; create it"
         )
+    config = place.with_name("config.json")
+    leads = f", which leads to {str(place)!r}" if target.is_symlink() else ""
     if place.suffix not in (".pt", ".pth", ".safetensors"):
-        raise CheckpointError(f"target = {str(target)!r}: must end in .pt, .pth or .safetensors; rename it")
+        raise CheckpointError(f"target = {str(target)!r}{leads}: must end in .pt, .pth or .safetensors; rename it")
+    for other in (place, _manifest_of(place), *([config] if place.suffix == ".safetensors" else [])):
+        if other.exists() and not other.is_file():
+            raise CheckpointError(f"cannot save to {str(target)!r}: {str(other)!r} is no regular file; remove it")
     if file.exists() and any(other.exists() and file.samefile(other) for other in (place, _manifest_of(place))):
         raise CheckpointError(f"target = {str(target)!r} is the source itself, which is never overwritten; rename it")
 
@@ -179,10 +242,14 @@ def _kind(kind: str | None, place: Path, held: Checkpoint) -> str:
             return "multimodal"
         return "legacy" if held.step is None and held.best_val_loss is None else "full"
     if kind not in _KINDS:
-        raise ValueError(f"kind = {kind!r}: must be one of {', '.join(_KINDS)}, or None for the target's own")
+        raise ValueError(
+            f"kind (--kind) = {kind!r}: must be one of {', '.join(_KINDS)}, or None (no --kind) for the target's own"
+        )
     if (kind == "safetensors") != exchange:
         wanted = ".safetensors" if kind == "safetensors" else ".pt"
-        raise ValueError(f"kind = {kind!r} does not go with {place.name!r}: give a target that ends in {wanted}")
+        raise ValueError(
+            f"kind (--kind) = {kind!r} does not go with {place.name!r}: give a target that ends in {wanted}"
+        )
     return kind
 
 
@@ -199,13 +266,13 @@ def _kept(held: Checkpoint, kind: str, named: bool) -> tuple[Checkpoint, dict[st
             cannot.append("optimizer")  # its state is of all the parts' parameters, by their number
         if not held.model:
             raise CheckpointError(
-                f"kind = {kind!r} is ThinkerLM's, and the source is a {held.kind} checkpoint of "
-                f"{', '.join(held.parts)} without it; give kind='multimodal' or a .safetensors target"
+                f"kind (--kind) = {kind!r} is ThinkerLM's, and the source, of kind {held.kind}, holds only "
+                f"{', '.join(held.parts)}; give kind='multimodal' (--kind multimodal) or a .safetensors target"
             )
     if cannot and not named:
         raise CheckpointError(
-            f"a {kind} file cannot hold the source's {', '.join(cannot)}; say kind={kind!r} to leave that out, or give "
-            "a .pt target"
+            f"a {kind} file cannot hold the source's {', '.join(cannot)}; say kind={kind!r} (--kind {kind}) to leave "
+            "that out, or give another kind"
         )
     dropped = {name: f"a {kind} file does not hold it" for name in cannot}
     dropped |= {name: rule for name, rule in held.ignored.items() if rule == "not in the format"}
@@ -239,7 +306,7 @@ def _regrouped(
                 shown = ", ".join(f"{name} {tuple(model[name].shape) if name in model else None}" for name in names)
                 raise CheckpointError(
                     f"q, k and v do not join: {shown}; only equal shapes do, so a file with fewer key/value heads than "
-                    "heads keeps them apart: leave split_qkv out"
+                    "heads keeps them apart: leave split_qkv (--fuse-qkv) out"
                 )
             if part[2] == "q":
                 made[whole], regrouped[whole] = concatenate([model[name] for name in names]), names
@@ -258,22 +325,46 @@ def _check_free(names: list[str], model: Mapping[str, Any]) -> None:
             raise CheckpointError(f"the source holds {name} both joined with others and apart; save one of them")
 
 
-def _config(
+def _described(
     file: Path,
     place: Path,
+    target: Path,
     kept: Checkpoint,
-    config: ThinkerConfig | str | os.PathLike[str] | None,
+    config: ThinkerConfig | Mapping[str, Any] | str | os.PathLike[str] | None,
     n_heads: int | None,
-) -> tuple[ThinkerConfig, dict[str, str]]:
-    """The config of the target, and where it comes from."""
-    found = infer_config(kept, n_heads=n_heads, config=find_config(file) if config is None else config)
-    there = place.with_name("config.json")
-    if there.exists() and read_config(there).config != found.config:
-        raise ValueError(
-            f"{str(there)!r} is the config of another model, and would be read as this one's; give a target in another "
-            "folder"
-        )
-    return found.config, found.told
+    needed: bool,
+) -> tuple[Architecture | None, bool, list[str]]:
+    """The source's architecture, where it is needed or a config lies beside the target; whether none does; notes.
+
+    Raises:
+        ValueError: it cannot be told, though it is needed; the config beside the target is another's.
+    """
+    beside = list(dict.fromkeys(there for path in (place, target) if (there := find_config(path)) is not None))
+    if not kept.model:
+        return None, not beside, []
+    own = find_config(file) if config is None else config
+    try:
+        found = infer_config(kept, n_heads=n_heads, config=own)
+    except ValueError as bad:
+        if needed:
+            raise
+        if isinstance(bad, CheckpointError):  # no ThinkerLM: no config is read for it
+            return None, not beside, []
+        if beside and beside != [own]:
+            raise ValueError(f"{str(beside[0])!r} would be read as the target's config, but {bad}") from None
+        return None, not beside, [f"who reads the target needs a config: {bad}"]
+    for there in beside:
+        if read_given(there)[0] != found.config:
+            raise ValueError(
+                f"{str(there)!r} is the config of another model, and would be read as the target's; give a target in "
+                f"another folder, or of another name, or, if it is the source's own, config= (--config {str(there)!r})"
+            )
+    notes = []
+    if needed and found.assumed:
+        notes.append(f"assumed: {', '.join(f'{name}={value}' for name, value in found.assumed.items())}")
+    if not beside and place.suffix != ".safetensors" and (own is not None or found.told["n_heads"] == "hint"):
+        notes.append("no config lies beside the target: who reads it gives config= (--config FILE), or puts it there")
+    return found if needed else None, not beside, notes
 
 
 def _write(path: Path, kept: Checkpoint, kind: str) -> None:

@@ -7,7 +7,6 @@ The prompts go through the model in one call, and each token after the first in 
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .cache import KVCache, init_cache
-from .config import BOS_ID, EOS_ID, PAD_ID
-from .layers import check_token_ids, statistics_dtype
+from .cache import KVCache, _check_window, init_cache
+from .config import EOS_ID, PAD_ID, ThinkerConfig
+from .layers import TokenEmbedding, _name, check_token_ids, statistics_dtype
 from .sampling import (
     _check_integer,
     _check_penalty,
@@ -29,7 +28,6 @@ from .sampling import (
     _check_uniform_values,
     _draw,
     _likeliest,
-    _name,
     _penalise,
     _probabilities,
 )
@@ -82,8 +80,8 @@ def generate(
     the same ids.
 
     Returns a Generation, or with `stream` an iterator that yields at each step a list with the new id of every row,
-    None for a row that has ended. Dropout is off; the model itself is not changed. A model from torch.compile is
-    called as it is.
+    None for a row that has ended; the model's weights must not change while a stream is open. Dropout is off; the
+    model itself is not changed. A model from torch.compile is called as it is.
 
     Raises:
         ValueError: an empty prompt, one longer than ctx_len, more new tokens than fit, a setting out of range, or a
@@ -94,18 +92,18 @@ def generate(
     prompts = _read_prompts(prompt_ids, model.config.vocab_size)
     _check_settings(temperature, top_k, top_p)
     _check_penalty(repetition_penalty)
-    _check_integer("num_samples", num_samples, 1, "use 1 for one continuation of each prompt")
-    _check_integer("seed", seed, 0, "give a seed from 0 up")
+    _check_window(window)
+    num_samples = _check_integer("num_samples", num_samples, 1, "use 1 for one continuation of each prompt")
+    seed = _check_integer("seed", seed, 0, "give a seed from 0 up")
     if seed > _LARGEST_SEED:
         raise ValueError(f"seed={seed} is not allowed: must be at most {_LARGEST_SEED}; give a smaller seed")
     if eos_id is not None:
-        check_token_ids(torch.as_tensor(eos_id), model.config.vocab_size, "eos_id")
+        eos_id = _check_integer("eos_id", eos_id, 0, "use None to end no row")
+        check_token_ids(torch.tensor(eos_id), model.config.vocab_size, "eos_id")
     rows = len(prompts) * num_samples
     longest = max(map(len, prompts))
     limit = _new_tokens(longest, max_new_tokens, model.config.ctx_len, window)
-    uniforms_BN = None if uniforms is None else torch.as_tensor(uniforms)
-    if uniforms_BN is not None:
-        _check_uniforms(uniforms_BN, rows, limit)
+    uniforms_BN = None if uniforms is None else _read_uniforms(uniforms, rows, limit)
     _check_mode(model)
     job = _Job(
         prompts=prompts,
@@ -133,25 +131,26 @@ def generate(
     return result
 
 
-def simple_inference(model_path: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str], prompt: str) -> str:
+def simple_inference(
+    model_path: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str],
+    prompt: str,
+    *,
+    config: ThinkerConfig | str | os.PathLike[str] | None = None,
+    n_heads: int | None = None,
+) -> str:
     """The text of the likeliest token after `prompt`, from a checkpoint and its tokenizer's model file.
+
+    `config` and `n_heads` as in infer_config, where no config lies beside the checkpoint.
 
     Raises:
         ValueError: a file that cannot be used, a tokenizer whose vocabulary is not the model's, or a prompt longer
             than the model's ctx_len.
     """
-    from .thinker import ThinkerLM
-    from .tokenizer import BPETokenizer
+    from .prompting import load_model_and_tokenizer
 
-    tokenizer = BPETokenizer(tokenizer_path)
-    model = ThinkerLM.from_checkpoint(model_path)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer {os.fspath(tokenizer_path)} has {tokenizer.vocab_size} ids, the model "
-            f"{os.fspath(model_path)} has vocab_size={model.config.vocab_size}: must be equal; give the tokenizer that "
-            "the model was trained with"
-        )
-    result = generate(model, [BOS_ID, *tokenizer.encode(prompt)], max_new_tokens=1)
+    model, tokenizer, _ = load_model_and_tokenizer(model_path, tokenizer_path, config, n_heads)
+    result = generate(model, tokenizer.encode(prompt, add_bos=True), max_new_tokens=1)
     return tokenizer.decode(result.tokens[0])
 
 
@@ -180,7 +179,7 @@ def _steps(model: Any, job: _Job) -> Iterator[tuple[list[int | None], list[float
     with torch.inference_mode():
         model = _for_decoding(model, job.limit)
         logits_BV, cache, seen_BV = _prefill(model, job)
-        generator = torch.Generator().manual_seed(job.seed)
+        uniforms_BN = _uniforms(job, logits_BV)
         ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
     ended = [False] * len(logits_BV)
     for step in range(job.limit):
@@ -192,10 +191,10 @@ def _steps(model: Any, job: _Job) -> Iterator[tuple[list[int | None], list[float
             if any(ended):  # what such a row computes from its padding is nobody's business
                 logits_BV = logits_BV.masked_fill(ended_B[:, None], 0.0)
             log_sum_B = logits_BV.logsumexp(dim=-1)
-            _check_numbers(log_sum_B.tolist(), step)
-            token_B = _choose(logits_BV, seen_BV, step, generator, job).masked_fill(ended_B, PAD_ID)
-            logprobs = (logits_BV.gather(1, token_B[:, None])[:, 0] - log_sum_B).tolist()
-            tokens = token_B.tolist()
+            token_B = _choose(logits_BV, seen_BV, uniforms_BN, step, job).masked_fill(ended_B, PAD_ID)
+            logprob_B = logits_BV.gather(1, token_B[:, None])[:, 0] - log_sum_B
+            log_sums, logprobs, tokens = _to_host(log_sum_B, logprob_B, token_B)
+            _check_numbers(log_sums, step)
             if job.eos_id is not None:
                 ended_B |= token_B == job.eos_id
         yield [None if end else token for end, token in zip(ended, tokens, strict=True)], logprobs
@@ -227,24 +226,41 @@ def _prefill(model: Any, job: _Job) -> tuple[Tensor, KVCache, Tensor | None]:
     def repeat(x: Tensor) -> Tensor:
         return x.repeat_interleave(copies, dim=0)
 
-    k, v = tuple(map(repeat, cache.k)), tuple(map(repeat, cache.v))
-    cache = replace(cache, k=k, v=v, kept=repeat(cache.kept), count=repeat(cache.count))
+    with torch.inference_mode(False):  # as init_cache makes them: a compiled model tells the two apart
+        k, v = tuple(map(repeat, cache.k)), tuple(map(repeat, cache.v))
+        cache = replace(cache, k=k, v=v, kept=repeat(cache.kept), count=repeat(cache.count))
     return repeat(logits_PV), cache, None if seen_PV is None else repeat(seen_PV)
 
 
-def _choose(logits_BV: Tensor, seen_BV: Tensor | None, step: int, generator: torch.Generator, job: _Job) -> Tensor:
+def _uniforms(job: _Job, logits_BV: Tensor) -> Tensor | None:
+    """All of them (B, N) at once, on the device of the logits."""
+    if job.temperature == 0.0:
+        return None
+    uniforms_BN = job.uniforms_BN
+    if uniforms_BN is None:
+        # Step by step, so that a larger limit draws the same first numbers.
+        generator = torch.Generator().manual_seed(job.seed)
+        uniforms_BN = torch.rand(job.limit, len(logits_BV), generator=generator, dtype=torch.float32).t()
+    return uniforms_BN.to(logits_BV.device, statistics_dtype(logits_BV.dtype))
+
+
+def _to_host(log_sum_B: Tensor, logprob_B: Tensor, token_B: Tensor) -> tuple[list[float], list[float], list[int]]:
+    """All three by one transfer, the floats as the integers of their bits."""
+    integer = torch.int64 if log_sum_B.dtype == torch.float64 else torch.int32
+    bits = torch.stack([log_sum_B.view(integer), logprob_B.view(integer), token_B.to(integer)]).cpu()
+    log_sums, logprobs = bits[:2].view(log_sum_B.dtype).tolist()
+    return log_sums, logprobs, bits[2].tolist()
+
+
+def _choose(logits_BV: Tensor, seen_BV: Tensor | None, uniforms_BN: Tensor | None, step: int, job: _Job) -> Tensor:
     """The next ids (B,), which are marked in `seen_BV`."""
     if seen_BV is not None:
         logits_BV = _penalise(logits_BV, seen_BV, job.repetition_penalty)
-    if job.temperature == 0.0:
+    if uniforms_BN is None:
         token_B = _likeliest(logits_BV)
     else:
-        if job.uniforms_BN is None:
-            uniforms_B = torch.rand(len(logits_BV), generator=generator, dtype=torch.float32)
-        else:
-            uniforms_B = job.uniforms_BN[:, step]
         p_BV = _probabilities(logits_BV, job.temperature, job.top_k, job.top_p)
-        token_B = _draw(p_BV, uniforms_B.to(p_BV))
+        token_B = _draw(p_BV, uniforms_BN[:, step])
     if seen_BV is not None:
         seen_BV.scatter_(1, token_B[:, None], True)
         seen_BV[:, PAD_ID] = False
@@ -265,37 +281,52 @@ def _for_decoding(model: Any, limit: int) -> Any:
 
 
 def _copy_modules(module: nn.Module, turns: bool) -> nn.Module:
-    twin = copy.copy(module)
+    # Not copy.copy, which pickles: a module with parametrizations refuses that.
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
     twin.training = False
     twin._modules = {name: child and _copy_modules(child, turns) for name, child in module._modules.items()}
-    if turns and type(twin) is nn.Linear:
+    if isinstance(twin, TokenEmbedding):
+        twin._checks = False  # the prompts are checked, and what is drawn is an id
+    # A weight that hooks compute, as pruning and weight_norm have it, is no parameter of that name.
+    if turns and type(twin) is nn.Linear and "weight" in twin._parameters and not twin._forward_pre_hooks:
         turned = nn.Parameter(twin.weight.t().contiguous().t(), requires_grad=False)
         twin._parameters = {**twin._parameters, "weight": turned}
     return twin
 
 
 def _is_compiled(model: Any) -> bool:
-    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+    """The model, or a part of it, which a copy would call as it was compiled."""
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
 
 
 def _check_mode(model: Any) -> None:
-    if _is_compiled(model) and model.training:
-        raise ValueError("the compiled model is in training mode, must be in evaluation mode; call model.eval() first")
+    if _is_compiled(model) and any(part.training for part in model.modules()):
+        raise ValueError(
+            "the compiled model is in training mode, or a part of it: all must be in evaluation mode; call "
+            "model.eval() first"
+        )
 
 
 def _read_prompts(prompt_ids: Any, vocab_size: int) -> list[np.ndarray]:
-    nested = len(prompt_ids) > 0 and np.ndim(prompt_ids[0]) > 0
+    try:
+        nested = len(prompt_ids) > 0 and np.ndim(prompt_ids[0]) > 0
+    except (TypeError, KeyError, ValueError, RuntimeError):  # no sequence, or lists of different depth
+        nested = False
     prompts = []
     for i, prompt in enumerate(prompt_ids if nested else [prompt_ids]):
         name = f"prompt_ids[{i}]" if nested else "prompt_ids"
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt.cpu() if isinstance(prompt, Tensor) else prompt)
+        except (TypeError, ValueError, RuntimeError):  # numpy cannot make an array of it
+            ids = np.empty(0)
         if ids.ndim != 1 or len(ids) == 0 or ids.dtype.kind not in "iu":
             raise ValueError(
                 f"{name} must be a list of at least one token id, all integers, got {prompt!r:.60}; begin with the "
                 "tokenizer's BOS"
             )
         check_token_ids(torch.from_numpy(ids), vocab_size, name)
-        prompts.append(ids)
+        prompts.append(ids.astype(np.int64))
     return prompts
 
 
@@ -307,22 +338,29 @@ def _new_tokens(longest: int, max_new_tokens: int | None, ctx_len: int, window: 
         )
     if max_new_tokens is None:
         return ctx_len - longest
-    _check_integer("max_new_tokens", max_new_tokens, 0, "leave it out to go on to the model's ctx_len")
+    max_new_tokens = _check_integer("max_new_tokens", max_new_tokens, 0, "leave it out to go on to the model's ctx_len")
     if longest + max_new_tokens > ctx_len and not window:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens goes beyond ctx_len={ctx_len}: must "
             f"be at most {ctx_len - longest}; ask for fewer, or pass window=True to let the oldest tokens go"
         )
-    return int(max_new_tokens)
+    return max_new_tokens
 
 
-def _check_uniforms(uniforms_BN: Tensor, rows: int, limit: int) -> None:
+def _read_uniforms(uniforms: Any, rows: int, limit: int) -> Tensor:
+    try:
+        uniforms_BN = torch.as_tensor(uniforms)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"uniforms are a {type(uniforms).__name__} that is no array of numbers; pass a tensor"
+        ) from None
     if tuple(uniforms_BN.shape) != (rows, limit) or not uniforms_BN.is_floating_point():
         raise ValueError(
             f"uniforms have shape {tuple(uniforms_BN.shape)} and dtype {_name(uniforms_BN.dtype)}: must be floating "
             f"point of shape (rows, max_new_tokens) = {(rows, limit)}; give one number per new token"
         )
     _check_uniform_values("uniforms", uniforms_BN)
+    return uniforms_BN
 
 
 def _check_numbers(log_sums: list[float], step: int) -> None:
@@ -330,6 +368,6 @@ def _check_numbers(log_sums: list[float], step: int) -> None:
         # Not finite exactly if a logit of the row is NaN or +inf, or all are −inf.
         if not math.isfinite(log_sum):
             raise NumericalError(
-                f"the logits of row {row} at step {step} hold NaN or inf; look at the model's weights "
-                "(check_numerical_stability finds the first bad one)"
+                f"the logits of row {row} at step {step} hold NaN or inf, or nothing but -inf; look at the model's "
+                "weights (check_numerical_stability finds the first bad one)"
             )

@@ -16,6 +16,7 @@ from typing import Any
 from .architecture import Architecture, find_config, infer_config, shape_facts
 from .checkpoint import Checkpoint, _read
 from .checkpoint_folder import find_checkpoint
+from .config import ThinkerConfig
 from .files import open_regular_file
 from .foreign_names import STATES
 from .pt_archive import CheckpointError
@@ -45,7 +46,7 @@ class Inspection:
         architecture: the config and where each field comes from, or None where it cannot be told.
         problem: why it cannot be told, and what to do; None where it can.
         shapes: the fields of ThinkerConfig that the shapes alone tell.
-        config_file: the file beside it that tells the rest, or None.
+        config_file: the file, given or beside it, that tells the rest, or None.
         parameters: number of numbers in all weights, other parts included; training state not.
         modules: the same by module: tok_emb, blocks.0, ..., norm, lm_head, and each other part.
         dtypes: number of numbers in weights of each dtype.
@@ -87,17 +88,23 @@ class Inspection:
         return "\n".join(_lines(self))
 
 
-def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
+def inspect_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    config: ThinkerConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    n_heads: int | None = None,
+) -> Inspection:
     """Read a checkpoint file, or the best one of a folder, and say what is in it.
 
-    Where the architecture cannot be told, the rest is said all the same, and `problem` says why.
+    Where the architecture cannot be told, the rest is said all the same, and `problem` says why. `config` and `n_heads`
+    as in infer_config.
 
     Raises:
         CheckpointError: as load_checkpoint.
     """
     file = find_checkpoint(path)
     checkpoint, keys = _read(file)
-    architecture, problem, shapes, config_file = _architecture(file, checkpoint)
+    architecture, problem, shapes, config_file = _architecture(file, checkpoint, config, n_heads)
     arrays = dict(_weights(checkpoint))
     modules: dict[str, int] = {}
     dtypes: dict[str, int] = {}
@@ -153,18 +160,22 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
 
 
 def _architecture(
-    file: Path, checkpoint: Checkpoint
+    file: Path,
+    checkpoint: Checkpoint,
+    config: ThinkerConfig | Mapping[str, Any] | str | os.PathLike[str] | None,
+    n_heads: int | None,
 ) -> tuple[Architecture | None, str | None, dict[str, Any], str | None]:
-    """The architecture or why not, what the shapes tell, and the config file beside."""
+    """The architecture or why not, what the shapes tell, and the config file."""
     shapes: dict[str, Any] = {}
-    config: Path | None = None
+    shown: str | None = None
     try:
         if checkpoint.model:
             shapes = shape_facts({key: tuple(value.shape) for key, value in checkpoint.model.items()})
-            config = find_config(file)
-        return infer_config(checkpoint, config=config), None, shapes, None if config is None else str(config)
+            config = find_config(file) if config is None else config
+            shown = os.fspath(config) if isinstance(config, str | os.PathLike) else None
+        return infer_config(checkpoint, n_heads=n_heads, config=config), None, shapes, shown
     except ValueError as bad:
-        return None, str(bad), shapes, None if config is None else str(config)
+        return None, str(bad), shapes, shown
 
 
 def _lines(found: Inspection) -> Iterator[str]:

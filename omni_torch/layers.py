@@ -9,6 +9,8 @@ router's softmax stay in promote_types(dtype, float32), whatever that dtype is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -41,15 +43,25 @@ def check_token_ids(tokens: Int[Tensor, "*N"], vocab_size: int, name: str = "tok
     """
     ids = torch.as_tensor(tokens)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
-        raise ValueError(f"{name} must hold integers, got {str(ids.dtype).removeprefix('torch.')}; pass token ids")
-    bad = (ids < 0) | (ids >= vocab_size)
+        raise ValueError(f"{name} must hold integers, got {_name(ids.dtype)}; pass token ids")
+    wide = ids.long()  # vocab_size may not fit into a narrower dtype; a uint64 that does not fit here is negative
+    bad = (wide < 0) | (wide >= vocab_size)
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
         place = f"[{', '.join(map(str, at))}]" if at else ""
         raise TokenIdError(
-            f"{name}{place} = {int(ids[tuple(at)])} is not a token id of this model: allowed are 0 to {vocab_size - 1} "
-            f"(vocab_size={vocab_size}); encode with the tokenizer that belongs to the model"
+            f"{name}{place} = {ids[tuple(at)].tolist()} is not a token id of this model: allowed are 0 to "
+            f"{vocab_size - 1} (vocab_size={vocab_size}); encode with the tokenizer that belongs to the model"
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}, must be a tensor; pass torch.as_tensor({name})")
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,6 +76,8 @@ class TokenEmbedding(nn.Embedding):
         TokenIdError: an id out of range (CUDA would answer with an assert that ends the process).
     """
 
+    _checks = True  # the copy that decodes leaves it out: each look waits for the device
+
     def __init__(self, vocab_size: int, d_model: int) -> None:
         # No padding_idx: the family's PAD row is an ordinary row.
         super().__init__(vocab_size, d_model, padding_idx=None)
@@ -74,8 +88,9 @@ class TokenEmbedding(nn.Embedding):
         Raises:
             TokenIdError, ValueError: an id out of range; ids that are not integers.
         """
+        _check_tensor("tokens", tokens)
         # Inside torch.compile the values are not known; F.embedding's own bounds check remains.
-        if not torch.compiler.is_compiling():
+        if self._checks and not torch.compiler.is_compiling():
             check_token_ids(tokens, self.num_embeddings)
         return F.embedding(tokens.long(), self.weight)
 

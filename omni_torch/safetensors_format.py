@@ -9,11 +9,23 @@ from typing import Any, BinaryIO
 import torch
 
 from .pt_archive import CheckpointError
+from .state_tree import dtype_name
 
 __all__ = ["read_safetensors", "write_safetensors"]
 
 _LARGEST_HEADER = 2 << 20  # bytes: some 20,000 tensors
-_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _AGAIN = "the file is damaged or cut off: fetch it or save it again"
 
 
@@ -37,16 +49,30 @@ def read_safetensors(stream: BinaryIO) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def write_safetensors(stream: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors under their names, in the order of the names; equal tensors give equal files."""
-    import safetensors.torch
+    """Write tensors under their names; equal tensors and metadata give equal files, in either twin.
 
-    seen: set[int] = set()
-    own: dict[str, torch.Tensor] = {}
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        own[name] = tensor.clone() if tensor.data_ptr() in seen else tensor  # the format has no shared tensors
-        seen.add(tensor.data_ptr())
-    stream.write(safetensors.torch.save(own, dict(metadata)))
+    Not by the library, whose metadata come in another order from run to run.
+
+    Raises:
+        CheckpointError: a dtype that the format does not have; nothing has been written then.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    own: list[torch.Tensor] = []
+    at = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):  # widest first: all stay aligned
+        tensor = tensors[name]
+        code = next((code for code, dtype in _DTYPES.items() if dtype == tensor.dtype), None)
+        if code is None:
+            allowed = ", ".join(_DTYPES)
+            raise CheckpointError(f"cannot save {name!r} of dtype {dtype_name(tensor)}; allowed are {allowed}")
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        own.append(tensor.detach())
+        at += tensor.nbytes
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    stream.write(len(raw).to_bytes(8, "little") + raw)
+    for tensor in own:
+        stream.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _check_header(stream: BinaryIO) -> dict[str, str]:

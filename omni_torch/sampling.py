@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .layers import statistics_dtype
+from .layers import _check_tensor, _name, statistics_dtype
 
 __all__ = ["apply_repetition_penalty", "truncated_probabilities", "sample"]
 
@@ -31,13 +31,14 @@ def apply_repetition_penalty(
 
     Raises:
         ValueError: logits that are not (B, V) floats, `seen` of another shape or not boolean, a penalty that is not a
-            positive number.
+            number from 1e-6 to 1e6.
 
     Source: Keskar et al., CTRL, arXiv 1909.05858, section 4.1; a negative logit is multiplied, as dividing it would
     make the token likelier.
     """
     logits_BV = _check_rows("logits_BV", logits_BV)
     _check_penalty(repetition_penalty)
+    _check_tensor("seen_BV", seen_BV)
     if seen_BV.dtype != torch.bool or seen_BV.shape != logits_BV.shape:
         raise ValueError(
             f"seen_BV has shape {tuple(seen_BV.shape)} and dtype {_name(seen_BV.dtype)}: must be boolean, of the "
@@ -76,12 +77,13 @@ def sample(p_BV: Float[Tensor, "B V"], uniforms_B: Float[Tensor, " B"]) -> Int[T
     `p` need not sum to 1; a token of probability 0 is never drawn, whatever u and rounding do.
 
     Raises:
-        ValueError: p not (B, V) floats or uniforms not (B,) floats; p negative, not finite or all 0 in a row, or
-            uniforms outside [0, 1).
+        ValueError: p not (B, V) floats or uniforms not (B,) floats; p negative, not finite or all 0 in a row, or of
+            an infinite sum; uniforms outside [0, 1).
 
     Source: Devroye, Non-Uniform Random Variate Generation (1986), section III.2.
     """
     p_BV = _check_rows("p_BV", p_BV)
+    _check_tensor("uniforms_B", uniforms_B)
     if tuple(uniforms_B.shape) != tuple(p_BV.shape[:1]) or not uniforms_B.is_floating_point():
         raise ValueError(
             f"uniforms_B have shape {tuple(uniforms_B.shape)} and dtype {_name(uniforms_B.dtype)}: must be floating "
@@ -104,7 +106,8 @@ def _likeliest(logits_BV: Tensor) -> Tensor:
 
 def _probabilities(logits_BV: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     # The largest logit is taken off first, and the divisor kept normal: no temperature above 0 makes inf − inf or 0/0.
-    smallest = torch.finfo(logits_BV.dtype).tiny
+    smallest, eps = torch.finfo(logits_BV.dtype).tiny, torch.finfo(logits_BV.dtype).eps
+    top_p = top_p if top_p < 1.0 - eps / 4.0 else 1.0  # what the logits' dtype rounds to 1 is 1
     shifted_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
     mass_BV = torch.exp(shifted_BV / max(temperature, smallest))
     if _truncates(top_k, top_p, logits_BV.shape[1]):
@@ -134,15 +137,18 @@ def _top_ids(x_BV: Tensor, count: int) -> Tensor:
     above_BV, equal_BV = x_BV > last_B1, x_BV == last_B1
     wanted_B1 = count - above_BV.sum(dim=-1, keepdim=True)
     kept_BV = above_BV | (equal_BV & (equal_BV.cumsum(dim=-1) <= wanted_B1))
-    return kept_BV.nonzero()[:, 1].reshape(B, count)
+    # The place of the first kept one, the second, and so on: nonzero() would wait for the device. NaN keeps none.
+    ranks_BN = torch.arange(1, count + 1, device=x_BV.device).expand(B, count)
+    return torch.searchsorted(kept_BV.cumsum(dim=-1), ranks_BN.contiguous()).clamp(max=V - 1)
 
 
 def _draw(p_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    sums_BV = p_BV.cumsum(dim=-1)
-    total_B1 = sums_BV[:, -1:]
-    # A goal that rounding has lifted to the whole sum is lowered below it: the place found always has mass.
+    # A sum in parallel need not be monotone: only places with mass count, and the largest of their sums is the whole.
+    sums_BV = p_BV.cumsum(dim=-1).masked_fill(p_BV <= 0.0, 0.0)
+    total_B1 = sums_BV.amax(dim=-1, keepdim=True)
+    # A goal that rounding has lifted to the whole sum is lowered below it, so that there is a place beyond it.
     goal_B1 = torch.minimum(uniforms_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(sums_BV, goal_B1, right=True)[:, 0]
+    return (sums_BV > goal_B1).to(torch.uint8).argmax(dim=-1)
 
 
 def _truncates(top_k: int, top_p: float, vocab_size: int) -> bool:
@@ -156,29 +162,33 @@ def _check_settings(temperature: float, top_k: int, top_p: float) -> None:
 
 
 def _check_penalty(repetition_penalty: float) -> None:
-    _check_number("repetition_penalty", repetition_penalty, 0.0, math.inf, "use 1 for none, 1.2 for CTRL's")
-    if repetition_penalty == 0.0:
-        raise ValueError("repetition_penalty=0 is not allowed: must be above 0; use 1 for none")
+    # Beyond these the products of ordinary logits would overflow, or all become 0.
+    _check_number("repetition_penalty", repetition_penalty, 1e-6, 1e6, "use 1 for none, 1.2 for CTRL's")
 
 
 def _check_number(name: str, value: Any, least: float, most: float, fix: str) -> None:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not least <= float(value) <= most:
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
+    if not math.isfinite(number) or not least <= number <= most:
         allowed = f"from {least:g}" + (f" to {most:g}" if math.isfinite(most) else " up, and finite")
-        raise ValueError(f"{name}={value!r} is not allowed: must be a number {allowed}; {fix}")
+        raise ValueError(f"{name}={value!r:.60} is not allowed: must be a number {allowed}; {fix}")
 
 
-def _check_integer(name: str, value: Any, least: int, fix: str) -> None:
+def _check_integer(name: str, value: Any, least: int, fix: str) -> int:
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least:
-        raise ValueError(f"{name}={value!r} is not allowed: must be an integer from {least} up; {fix}")
+        raise ValueError(f"{name}={value!r:.60} is not allowed: must be an integer from {least} up; {fix}")
+    return number
 
 
 def _check_rows(name: str, x: Tensor) -> Tensor:
     """x in the dtype that sampling computes in."""
+    _check_tensor(name, x)
     if x.ndim != 2 or 0 in x.shape or not x.is_floating_point():
         raise ValueError(
             f"{name} have shape {tuple(x.shape)} and dtype {_name(x.dtype)}: must be floating point of shape (B, V) "
@@ -191,18 +201,20 @@ def _check_logit_values(logits_BV: Tensor) -> None:
     largest = logits_BV.detach().amax(dim=-1).tolist()  # NaN if one is
     for row, value in enumerate(largest):
         if not math.isfinite(value):
+            what = "nothing but -inf" if value == -math.inf else f"{value}"
             raise ValueError(
-                f"logits_BV[{row}] has {value} as its largest value: NaN and inf are not allowed, and one logit must "
-                "be above -inf; look at what made them"
+                f"logits_BV[{row}] holds {what}: NaN and inf are not allowed, and one logit must be above -inf; look "
+                "at what made them"
             )
 
 
 def _check_probability_values(p_BV: Tensor) -> None:
-    good = ((p_BV >= 0.0) & p_BV.isfinite()).all(dim=-1) & (p_BV > 0.0).any(dim=-1)
+    sums_B = p_BV.sum(dim=-1)
+    good = (p_BV >= 0.0).all(dim=-1) & (sums_B >= torch.finfo(p_BV.dtype).tiny) & sums_B.isfinite()
     if not bool(good.all()):
         raise ValueError(
-            f"p_BV[{good.tolist().index(False)}] is no distribution: must be finite, not negative, and above 0 "
-            "somewhere; take it from truncated_probabilities"
+            f"p_BV[{good.tolist().index(False)}] is no distribution: must be finite, not negative, and of a "
+            "sum that is above 0 and finite; take it from truncated_probabilities"
         )
 
 
@@ -213,7 +225,3 @@ def _check_uniform_values(name: str, uniforms: Tensor) -> None:
             f"{name}{bad[0]} = {float(uniforms[tuple(bad[0])])} is not allowed: must be in [0, 1); draw them with a "
             "uniform generator"
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

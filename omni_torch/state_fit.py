@@ -147,7 +147,7 @@ def _joined(key: str, sources: tuple[str, ...], arrays: Mapping[str, Any]) -> An
 
 def _faults(key: str, value: Any, dtype: str) -> Iterator[str]:
     if not is_array(value):
-        yield f"{key} is a {type(value).__name__}, not an array"
+        yield f"{key} has type {type(value).__name__}, not array"
         return
     if dtype_name(value) != dtype:
         yield f"{key} has dtype {dtype_name(value)}, and the model's is {dtype}"

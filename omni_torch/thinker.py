@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import CausalSelfAttention, default_positions, make_attention_mask
 from .cache import KVCache, _CachedCall, _check_cache
 from .config import ThinkerConfig
-from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, rope_frequencies
+from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, _check_tensor, _name, rope_frequencies
 
 __all__ = ["Block", "ThinkerLM", "num_parameters"]
 
@@ -178,8 +178,10 @@ class ThinkerLM(nn.Module):
             _check_cache(cache, self, B, T, attention_mask)
             call = _CachedCall(cache, T, attention_mask)
             mask_BTS, layers = call.mask(), call.layers
-            # A mask costs the kernels more than one look here; its values are not known inside torch.compile.
-            if T == 1 and not self.training and not torch.compiler.is_compiling() and bool(mask_BTS.all()):
+            # A mask costs a CPU's kernels more than one look here, for which other devices would have to be waited for;
+            # its values are not known inside torch.compile.
+            looks = T == 1 and not self.training and mask_BTS.device.type == "cpu"
+            if looks and not torch.compiler.is_compiling() and bool(mask_BTS.all()):
                 mask_BTS = None
             if positions is None:
                 positions_BT = call.positions_BT
@@ -191,12 +193,13 @@ class ThinkerLM(nn.Module):
             positions_BT = self._positions(B, T, attention_mask, positions, x_BTD.device)
         config = self.config
         cos_BTC, sin_BTC = rope_frequencies(positions_BT, config.head_dim, config.rope_theta, x_BTD.dtype)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x_BTD = block(x_BTD, cos_BTC, sin_BTC, mask_BTS, layer)
-        if last_only:
-            x_BTD = x_BTD[:, -1:]
-        logits_BTV = self.lm_head(self.norm(x_BTD))
-        return logits_BTV if call is None else (logits_BTV.detach(), call.finish())
+        with torch.set_grad_enabled(call is None and torch.is_grad_enabled()):  # none through a cache
+            for block, layer in zip(self.blocks, layers, strict=True):
+                x_BTD = block(x_BTD, cos_BTC, sin_BTC, mask_BTS, layer)
+            if last_only:
+                x_BTD = x_BTD[:, -1:]
+            logits_BTV = self.lm_head(self.norm(x_BTD))
+        return logits_BTV if call is None else (logits_BTV, call.finish())
 
     def _embed(self, tokens: Tensor | None, embeddings: Tensor | None) -> Tensor:
         if (tokens is None) == (embeddings is None):
@@ -211,7 +214,7 @@ class ThinkerLM(nn.Module):
         _check_rank("embeddings", embeddings, "(B, T, D)")
         if embeddings.shape[-1] != self.config.d_model or not embeddings.is_floating_point():
             raise ValueError(
-                f"embeddings have shape {tuple(embeddings.shape)} and dtype {str(embeddings.dtype)[6:]}: must be "
+                f"embeddings have shape {tuple(embeddings.shape)} and dtype {_name(embeddings.dtype)}: must be "
                 f"floating point with last axis d_model={self.config.d_model}; project them to d_model first"
             )
         return embeddings.to(self.tok_emb.weight.dtype)
@@ -226,9 +229,11 @@ class ThinkerLM(nn.Module):
                     "positions= to go beyond what the model was trained for"
                 )
             return default_positions(T, attention_mask, device=device)
-        if tuple(positions.shape) not in ((T,), (1, T), (B, T)) or positions.is_floating_point():
+        _check_tensor("positions", positions)
+        integers = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
+        if tuple(positions.shape) not in ((T,), (1, T), (B, T)) or not integers:
             raise ValueError(
-                f"positions have shape {tuple(positions.shape)} and dtype {str(positions.dtype)[6:]}: must be integers "
+                f"positions have shape {tuple(positions.shape)} and dtype {_name(positions.dtype)}: must be integers "
                 f"of shape {(T,)} or {(B, T)}; give one position per token"
             )
         return positions if positions.ndim == 2 else positions[None]
@@ -240,6 +245,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def _check_rank(name: str, x: Tensor, shape: str) -> None:
+    _check_tensor(name, x)
     if x.ndim != shape.count(",") + 1 or 0 in x.shape:
         raise ValueError(
             f"{name} have shape {tuple(x.shape)}: must be {shape} with at least one entry on each axis; "

@@ -574,17 +574,22 @@ class _Pool:
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
         size = math.prod(shape)
-        if size <= self.SIZE // 4:
-            at = int(self.offset() * (self.SIZE - size))
-            return self.block[at : at + size].reshape(shape)
-        if shape[0] > 1:  # each draw by itself may fit
-            return np.stack([self.take((1, *shape[1:]))[0] for _ in range(shape[0])])
-        return self.rng.standard_normal(shape)
+        if size > self.SIZE // 4:
+            return self.rng.standard_normal(shape)
+        at = int(self.offset() * (self.SIZE - size))
+        return self.block[at : at + size].reshape(shape)
 
     def draws(self, count: int, shape: tuple[int, ...], kind: str) -> np.ndarray:
-        """`count` draws of unit noise; a complex number errs in both parts, and its unit is that of the modulus."""
-        shape = (count, *shape)
-        return self.take(shape) if kind != "c" else (self.take(shape) + 1j * self.take(shape)) / math.sqrt(2)
+        """`count` draws of unit noise; a complex number errs in both parts, and its unit is that of the modulus.
+
+        Each is cut by itself: where two steps' cuts overlap, another draw must not have the same overlap.
+        """
+        if kind == "c":
+            return (self.draws(count, shape, "f") + 1j * self.draws(count, shape, "f")) / math.sqrt(2)
+        out = np.empty((count, *shape))
+        for i in range(count):
+            out[i] = self.take(shape)
+        return out
 
 
 @lru_cache(maxsize=1)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 
 # One thread: sums keep one order, so a rerun prints the same figures; and the models here are too small for two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Compiling is most of the tests' time, and each program here runs a few times: LLVM's optimiser and XLA's newer
+# emitters are off (docs/decisions/0003), in the processes that tests start too. XLA ends the process at a flag that it
+# does not know, so only where the flags have been tried. `make parity` compiles as its users do.
+try:
+    if metadata.version("jaxlib").startswith("0.10."):
+        hasty = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = f"{hasty} {os.environ.get('XLA_FLAGS', '')}".strip()
+except metadata.PackageNotFoundError:
+    pass
 
 
 def pytest_configure(config) -> None:

@@ -98,6 +98,7 @@ MORE = (
     Case("small gqa-swiglu", UNEQUAL, 3, 6),
     Case("small moe-gelu", UNEQUAL, 3, 6),
     Case("small moe-gelu", UNEQUAL, 7, 7),
+    Case("small moe-gelu", ALONE, 7, 7),
     Case("small gqa-swiglu", ALONE, 1, 0),
     Case("small gqa-swiglu", ALONE, 3, 6),
     Case("small gqa-swiglu", ALONE, 7, 7),

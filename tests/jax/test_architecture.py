@@ -188,7 +188,7 @@ def test_a_file_without_a_thinker_says_so(tmp_path):
     save_checkpoint(tmp_path / "v.pt", model={}, parts={"vit": {"cls": zeros(1, 1, 4)}})
     (tmp_path / "config.json").write_text("no JSON")  # is not even looked at
     for read in (lambda p: infer_config(load_checkpoint(p)), ThinkerLM.from_checkpoint):
-        with pytest.raises(CheckpointError, match=r"no weights of ThinkerLM, only of vit \(a vision checkpoint\)"):
+        with pytest.raises(CheckpointError, match=r"no weights of ThinkerLM, only of vit \(kind vision\)"):
             read(tmp_path / "v.pt")
 
 
@@ -254,7 +254,9 @@ def test_a_loaded_model_has_the_dtype_of_its_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"m.pt': its weights have the dtypes float16, float32"):
         ThinkerLM.from_checkpoint(tmp_path / "m.pt", n_heads=4)
     save_checkpoint(tmp_path / "n.pt", model=make_weights() | {"norm.weight": np.full(16, np.nan, np.float32)})
-    with pytest.raises(CheckpointError, match=r"norm.weight holds NaN"):
+    with pytest.raises(
+        CheckpointError, match=r"n.pt.: its weights hold values that are NaN or Inf \(16 in norm.weight\); take an"
+    ):
         ThinkerLM.from_checkpoint(tmp_path / "n.pt", n_heads=4)
 
 
@@ -274,3 +276,32 @@ def test_the_shipped_model_is_read_from_its_file():
     told = {name for name, source in found.told.items() if source == "shapes"}
     assert {"vocab_size", "n_layers", "d_model", "d_ff", "use_gqa", "kv_groups", "use_swiglu", "use_moe"} <= told
     assert {name: found.config.to_dict()[name] for name in told} == {n: described["config"][n] for n in told}
+
+
+def test_a_config_may_be_a_dict_and_must_be_a_config():
+    flat = ThinkerConfig(**SIZE).to_dict()
+    del flat["ctx_len"]
+    found = infer_config(make_weights(), config={"thinker": flat, "lr": 1e-3})
+    assert found.config == ThinkerConfig(**(SIZE | {"ctx_len": 512}))
+    assert (found.told["rope_theta"], found.told["ctx_len"]) == ("config file", "assumed")
+    assert found.assumed == {"ctx_len": 512}  # not the numbers of experts: there are none
+    with pytest.raises(ValueError, match="unknown key 'heads'"):
+        infer_config(make_weights(), config={"heads": 4})
+    with pytest.raises(ValueError, match="config is a int: must be a ThinkerConfig, a dict of its fields, or the path"):
+        infer_config(make_weights(), config=3)
+    assert "num_experts" in infer_config(make_weights(use_moe=True, num_experts=2), n_heads=4).told
+    assert infer_config(make_weights(use_moe=True), n_heads=4).assumed["num_experts_per_tok"] == 2
+
+
+def test_what_a_config_file_leaves_out_is_assumed(tmp_path):
+    flat = ThinkerConfig(**SIZE).to_dict()
+    del flat["dropout"]
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    found = infer_config(make_weights(), config=tmp_path / "config.json")
+    assert found.assumed == {"dropout": 0.1}
+    assert found.told["ctx_len"] == "config file"
+
+
+def test_frequencies_of_another_model_are_named():
+    with pytest.raises(CheckpointError, match="inv_freq are RoPE's frequencies, which other models save"):
+        infer_config(make_weights() | {"blocks.0.attn.rotary.inv_freq": zeros(2)}, n_heads=4)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import omni_jax.attention
 from omni_jax.attention import (
     CausalSelfAttention,
+    _attend_causal,
     _attend_one,
     attend,
     default_positions,
@@ -215,3 +217,32 @@ def test_one_query_is_the_same_by_products_and_sums(x64) -> None:
         assert float(jnp.abs(one - all_at_once).max()) <= bound
     q, k, v = draw(3, jnp.bfloat16)
     assert _attend_one(q[:, -1:], k, v, jnp.asarray(mask)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_blocks_of_queries_are_the_causal_attention(x64, monkeypatch, kv_heads) -> None:
+    monkeypatch.setattr(omni_jax.attention, "_SMALLEST_BLOCK", 2)
+    q, k, v = draw(kv_heads)
+    mask = jnp.asarray(holes())[:, None] & jnp.tril(jnp.ones((T, T), jnp.bool_))[None]
+    blocks, whole = _attend_causal(q, k, v, mask), attend(q, k, v, mask)
+    assert float(jnp.abs(blocks - whole).max()) <= (D + T) * float(jnp.finfo(jnp.float64).eps) * float(jnp.abs(v).max())
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((3,), (3,), (3,)),
+        ((2, 3), (4, 3), (5, 3)),
+        ((2, 3), (4, 2), (4, 3)),
+        ((2, 0), (4, 0), (4, 3)),
+        ((2, 3), (0, 3), (0, 3)),
+    ],
+)
+def test_simple_attention_refuses_shapes_that_do_not_belong_together(shapes) -> None:
+    with pytest.raises(ValueError, match="query, key, value have shapes"):
+        simple_attention(*map(jnp.zeros, shapes))
+
+
+def test_a_list_is_no_mask() -> None:
+    with pytest.raises(ValueError, match="attention_mask is a list, must be an array"):
+        make_attention_mask(1, 2, [[True, True]])

@@ -310,3 +310,15 @@ def test_gradients_flow_through_a_cache(x64) -> None:
 
     chunked, full = (jax.jit(jax.grad(loss), static_argnums=1)(model.tok_emb.embedding[...], c) for c in (True, False))
     assert_same(chunked, full)
+
+
+@pytest.mark.parametrize("window", [1, None, "yes"])
+def test_the_window_is_true_or_false(window) -> None:
+    with pytest.raises(ValueError, match=r"window=.* is not allowed: must be True or False"):
+        init_cache(build(), 1, window=window)
+
+
+def test_a_list_is_no_mask() -> None:
+    model = build()
+    with pytest.raises(ValueError, match="attention_mask is a list, must be a"):
+        model(draw(1, 2)[0], cache=init_cache(model, 1), attention_mask=[[True, True]])

@@ -20,6 +20,7 @@ import omni_jax.conversion as conversion  # noqa: E402
 from omni_jax.checkpoint import CheckpointError, export_weights, load_checkpoint, save_checkpoint  # noqa: E402
 from omni_jax.config import ThinkerConfig, read_config  # noqa: E402
 from omni_jax.conversion import convert_checkpoint  # noqa: E402
+from omni_jax.inspection import inspect_checkpoint  # noqa: E402
 from omni_jax.pt_format import write_pt  # noqa: E402
 from omni_jax.state_tree import tree_digest  # noqa: E402
 from omni_jax.thinker import ThinkerLM  # noqa: E402
@@ -162,8 +163,11 @@ def test_without_a_word_nothing_is_lost(tmp_path):
         assert tree_digest(content(held)) == tree_digest(content(got))
     for kind in ("full", "multimodal"):
         file = write_source(tmp_path, kind, weights)
-        with pytest.raises(CheckpointError, match=r"cannot hold the source's optimizer, scheduler; say kind='safeten"):
-            convert_checkpoint(file, tmp_path / "other.safetensors")
+        for name in ("other.safetensors", "other.pt"):  # the suffix is the request for the kind
+            made = convert_checkpoint(file, tmp_path / name, None if "safetensors" in name else "legacy")
+            assert {"optimizer", "scheduler"} <= made.dropped.keys()
+    save_checkpoint(tmp_path / "p.safetensors", model=weights, parts={"proj_a": {"weight": zeros(2, 3)}})
+    assert not convert_checkpoint(tmp_path / "p.safetensors", tmp_path / "p.pt").dropped
     save_checkpoint(tmp_path / "s.safetensors", model=weights, step=3)
     assert convert_checkpoint(tmp_path / "s.safetensors", tmp_path / "s.pt").target_kind == "full"
     save_checkpoint(tmp_path / "s.safetensors", model=weights, step=None, best_val_loss=None)
@@ -226,7 +230,7 @@ def test_qkv_that_cannot_be_regrouped(tmp_path):
     with pytest.raises(CheckpointError, match="does not split"):
         convert_checkpoint(tmp_path / "o.pt", tmp_path / "u.pt", split_qkv=True)
     file = write_source(tmp_path, "full", make_weights())
-    with pytest.raises(CheckpointError, match="split_qkv changes the parameters"):
+    with pytest.raises(CheckpointError, match="q, k and v apart or joined"):
         convert_checkpoint(file, tmp_path / "u.pt", split_qkv=True)
     assert convert_checkpoint(file, tmp_path / "u.pt", "legacy", split_qkv=True).dropped["optimizer"]
 
@@ -286,10 +290,18 @@ WRONG = {
     "a folder": (lambda p: (p / "a.pt", p, None), "it is a folder"),
     "no folder": (lambda p: (p / "a.pt", p / "no" / "t.pt", None), "its folder does not exist"),
     "suffix": (lambda p: (p / "a.pt", p / "t.bin", None), r"must end in .pt, .pth or .safetensors"),
-    "kind": (lambda p: (p / "a.pt", p / "t.pt", "best"), "kind = 'best': must be one of full, legacy"),
+    "kind": (lambda p: (p / "a.pt", p / "t.pt", "best"), r"kind \(--kind\) = 'best': must be one of full, legacy"),
     "kind and suffix": (lambda p: (p / "a.pt", p / "t.safetensors", "full"), "a target that ends in .pt"),
     "suffix and kind": (lambda p: (p / "a.pt", p / "t.pt", "safetensors"), "a target that ends in .safetensors"),
-    "no thinker": (lambda p: (p / "v.pt", p / "t.pt", "full"), "is a vision checkpoint of vit without it"),
+    "no thinker": (lambda p: (p / "v.pt", p / "t.pt", "full"), "the source, of kind vision, holds only vit"),
+    "NUL": (lambda p: (p / "a.pt", f"{p}/t\0.pt", None), "target = .* no file name holds a NUL character"),
+    "no path": (lambda p: (p / "a.pt", 3, None), "target = 3 has type int: must be a str or os.PathLike"),
+    "a pipe": (lambda p: (p / "a.pt", p / "pipe.pt", None), "pipe.pt' is no regular file"),
+    "a device": (lambda p: (p / "a.pt", p / "null.pt", None), "/dev/null': must end in"),
+    "its manifest a folder": (lambda p: (p / "a.pt", p / "m.pt", None), "m.pt.manifest.json' is no regular file"),
+    "a config that is none": (lambda p: (p / "a.pt", p / "f" / "t.safetensors", None), "config.json' is no regular"),
+    "a link's suffix": (lambda p: (p / "a.pt", p / "link.pt", None), "link.pt', which leads to .*blob': must end in"),
+    "heads of a .pt": (lambda p: (p / "a.pt", p / "t.pt", None, 3), "n_heads=3 does not fit"),
     "no thinker at all": (lambda p: (p / "v.pt", p / "t.pt", "legacy"), "give kind='multimodal'"),
 }
 
@@ -300,10 +312,16 @@ def test_what_is_wrong_is_said_and_nothing_is_written(tmp_path, name):
     save_checkpoint(tmp_path / "v.pt", model={}, parts={"vit": {"cls": zeros(2)}})
     (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-30])
     (tmp_path / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "null.pt").symlink_to("/dev/null")
+    (tmp_path / "link.pt").symlink_to("blob")
+    (tmp_path / "m.pt.manifest.json").mkdir()
+    (tmp_path / "f" / "config.json").mkdir(parents=True)
     before = sorted(os.listdir(tmp_path))
     arguments, word = WRONG[name]
+    source, target, kind, *heads = arguments(tmp_path)
     with pytest.raises(ValueError, match=word):
-        convert_checkpoint(*arguments(tmp_path))
+        convert_checkpoint(source, target, kind, n_heads=heads[0] if heads else None)
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -333,3 +351,100 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch, what):
     with pytest.raises((OSError, CheckpointError), match=r"No space|read back|changed while"):
         convert_checkpoint(tmp_path / "a.pt", tmp_path / "t.pt")
     assert {path.name: Path(path).read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", ["b.json", "config.json"])
+def test_a_foreign_config_where_the_target_would_find_it(tmp_path, name, suffix):
+    """The shapes fit it, so only its heads and its context tell that it is another model's."""
+    out = tmp_path / "out"
+    out.mkdir()
+    save_tree(tmp_path / "a.pt", make_weights())
+    ThinkerConfig(**(SIZE | {"n_heads": 2})).to_json(out / name)
+    before = (out / name).read_bytes()
+    with pytest.raises(ValueError, match="do not tell n_heads"):  # nor does anything else
+        convert_checkpoint(tmp_path / "a.pt", out / f"b{suffix}")
+    own = ThinkerConfig(**SIZE)
+    own.to_json(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=rf"out/{name}' is the config of another model, and would be read as"):
+        convert_checkpoint(tmp_path / "a.pt", out / f"b{suffix}")
+    assert os.listdir(out) == [name]
+    assert (out / name).read_bytes() == before
+    own.to_json(out / name)
+    convert_checkpoint(tmp_path / "a.pt", out / f"b{suffix}")
+    assert ThinkerLM.from_checkpoint(out / f"b{suffix}").config == own
+    assert sorted(os.listdir(out)) == sorted([name, f"b{suffix}", f"b{suffix}.manifest.json"])
+
+
+def test_what_is_assumed_is_said_and_stays_assumed(tmp_path):
+    save_tree(tmp_path / "a.pt", make_weights(use_moe=True, num_experts=1, num_experts_per_tok=1))
+    (tmp_path / "out").mkdir()
+    made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "out" / "b.safetensors", n_heads=4)
+    assert made.notes == ["assumed: dropout=0.1, rope_theta=10000.0, ctx_len=512, num_experts_per_tok=1"]
+    assert made.config is not None
+    assert made.config["ctx_len"] == 512
+    told = inspect_checkpoint(tmp_path / "out" / "b.safetensors").architecture
+    assert told is not None
+    assert told.config.to_dict() == made.config
+    assert (told.told["ctx_len"], told.told["n_heads"]) == ("assumed", "config file")
+
+
+def test_a_target_that_needs_a_config_says_so(tmp_path):
+    save_tree(tmp_path / "a.pt", make_weights())
+    (tmp_path / "out").mkdir()
+    (note,) = convert_checkpoint(tmp_path / "a.pt", tmp_path / "out" / "b.pt").notes
+    assert "who reads the target needs a config: the checkpoint's shapes do not tell n_heads" in note
+    made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "out" / "b.pt", config=ThinkerConfig(**SIZE))
+    assert made.config == ThinkerConfig(**SIZE).to_dict()
+    assert made.notes == [
+        "no config lies beside the target: who reads it gives config= (--config FILE), or puts it there"
+    ]
+    with pytest.raises(ValueError, match="the config is not that of the checkpoint"):
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "c.pt", config=ThinkerConfig(**(SIZE | {"d_ff": 13})))
+    ThinkerConfig(**SIZE).to_json(tmp_path / "config.json")
+    assert convert_checkpoint(tmp_path / "a.pt", tmp_path / "c.pt").notes == []
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_move_that_fails_leaves_the_old_files(tmp_path, monkeypatch, number):
+    """config.json, the weights and the manifest are put in their places one by one."""
+    save_tree(tmp_path / "a.pt", make_weights())
+    out = tmp_path / "out"
+    out.mkdir()
+    convert_checkpoint(tmp_path / "a.pt", out / "t.safetensors", n_heads=4)
+    (out / "config.json").unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    save_tree(tmp_path / "a.pt", {key: value * 2 for key, value in make_weights().items()})
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        if Path(target).parent == out:
+            calls.append(target)
+            if len(calls) == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(conversion.os, "replace", failing)
+    with pytest.raises(
+        OSError, match=r"cannot write .*t.safetensors': No space left on device; free space on that disk"
+    ):
+        convert_checkpoint(tmp_path / "a.pt", out / "t.safetensors", n_heads=4)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_target_keeps_its_permission_bits(tmp_path):
+    save_tree(tmp_path / "a.pt", make_weights())
+    convert_checkpoint(tmp_path / "a.pt", tmp_path / "t.pt")
+    fresh = (tmp_path / "a.pt").stat().st_mode
+    assert (tmp_path / "t.pt").stat().st_mode == fresh
+    (tmp_path / "t.pt").chmod(0o640)
+    convert_checkpoint(tmp_path / "a.pt", tmp_path / "t.pt")
+    assert (tmp_path / "t.pt").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_name_that_is_too_long_says_so(tmp_path):
+    save_tree(tmp_path / "a.pt", make_weights())
+    for length in (245, 300):
+        with pytest.raises(OSError, match="File name too long; give a shorter name"):
+            convert_checkpoint(tmp_path / "a.pt", tmp_path / ("x" * length + ".pt"))
+    assert os.listdir(tmp_path) == ["a.pt"]

@@ -260,6 +260,9 @@ def test_a_prompt_it_refuses() -> None:
     for empty, name in (([], "prompt_ids"), ([[1], []], r"prompt_ids\[1\]"), ([[]], r"prompt_ids\[0\]")):
         with pytest.raises(ValueError, match=f"{name} must be a list of at least one token id"):
             run(empty)
+    for other in (None, 3, {1, 2}, {1: 2}, iter([1, 2]), np.array(3), "12", [1, [2, 3]], [[1, [2]], [3]], [[1], 2]):
+        with pytest.raises(ValueError, match="must be a list of at least one token id"):
+            run(other)
     for floats in ([1.0, 2.0], [[1, 2], [1.5]], [True, False], ["a", "b"]):
         with pytest.raises(ValueError, match="all integers"):
             run(floats)
@@ -287,7 +290,19 @@ def test_a_prompt_it_refuses() -> None:
         ({"num_samples": 0}, "num_samples=0"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": "1"}, "seed='1'"),
+        ({"temperature": 10**400}, "temperature=1000"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty=1e-45 is not allowed: must be a number from 1e-06 to 1e"),
+        ({"window": 1}, "window=1 is not allowed: must be True or False"),
         ({"eos_id": 31}, "eos_id = 31 is not a token id"),
+        ({"eos_id": -1}, "eos_id=-1 is not allowed"),
+        ({"eos_id": [2]}, r"eos_id=\[2\] is not allowed: must be an integer"),
+        ({"eos_id": "2"}, "eos_id='2'"),
+        ({"eos_id": np.array([2, 3])}, "eos_id=array"),
+        ({"eos_id": 2.0}, "eos_id=2.0"),
+        ({"uniforms": "half"}, "uniforms"),
+        ({"uniforms": [[0.5], [0.5, 0.5]]}, "uniforms are a list that is no array of numbers"),
+        ({"uniforms": None, "max_new_tokens": [3]}, r"max_new_tokens=\[3\]"),
         ({"uniforms": np.zeros((2, 3))}, r"\(rows, max_new_tokens\) = \(3, 3\)"),
         ({"uniforms": np.zeros((3, 3), int)}, "uniforms have shape"),
         ({"uniforms": np.ones((3, 3))}, r"uniforms\[0, 0\] = 1.0 is not allowed"),
@@ -334,8 +349,65 @@ def test_simple_inference(tmp_path) -> None:
     (likeliest,) = jnp.argmax(last_logits(model, [1, *tokenizer.encode(prompt)]), axis=-1).tolist()
     output = simple_inference(tmp_path / "thinker.pt", tmp_path / "tokenizer.model", prompt)
     assert output == tokenizer.decode([likeliest])
+    config = (tmp_path / "config.json").rename(tmp_path / "other.json")
+    for given in ({"n_heads": 4}, {"config": config}):
+        assert simple_inference(tmp_path / "thinker.pt", tmp_path / "tokenizer.model", prompt, **given) == output
     other = make("mha")
     other.config.to_json(tmp_path / "config.json")
     save_checkpoint(tmp_path / "thinker.pt", model=other)
     with pytest.raises(ValueError, match="vocab_size=31: must be equal"):
         simple_inference(tmp_path / "thinker.pt", tmp_path / "tokenizer.model", prompt)
+
+
+@pytest.mark.parametrize("prompt", [[1, 0, 3], [1, 3]])
+def test_padding_is_never_penalised(prompt) -> None:
+    """Neither that of the prompt nor that which was generated: the model's logits are 2 for id 0, 1.9 for id 5."""
+    model = nnx.clone(make("mha"))
+    model.tok_emb.embedding[...] = jnp.ones((31, 24))
+    for kernel in [linear.kernel for block in model.blocks for linear in (block.attn.o, block.mlp.down_proj)]:
+        kernel[...] = jnp.zeros(kernel.shape)
+    model.lm_head.kernel[...] = jnp.zeros((24, 31)).at[:, 0].set(2.0 / 24).at[:, 5].set(1.9 / 24)
+    result = generate(model, prompt, max_new_tokens=4, repetition_penalty=1.5, eos_id=None)
+    assert result.tokens == [[0, 0, 0, 0]]
+    assert generate(model, [*prompt, 5], max_new_tokens=1, repetition_penalty=0.5, eos_id=None).tokens == [[5]]
+
+
+def test_a_uniform_that_rounds_to_1_draws_a_token_that_can_be_drawn() -> None:
+    model = make("mha")
+    uniforms = np.full((1, 4), 1.0 - 2.0**-53)
+    result = generate(model, PROMPTS[0], 4, temperature=1.0, top_k=2, uniforms=uniforms, eos_id=None)
+    ids = list(PROMPTS[0])
+    for token in result.tokens[0]:
+        assert token == int(jax.lax.top_k(last_logits(model, ids), 2)[1].max())
+        ids.append(token)
+
+
+def test_an_integer_of_numpys_is_an_integer() -> None:
+    run = partial(generate, make("mha"), PROMPTS, temperature=1.0)
+    plain = run(max_new_tokens=3, seed=7, num_samples=2, eos_id=2, top_k=5)
+    assert (
+        run(**{k: np.int64(v) for k, v in {"max_new_tokens": 3, "seed": 7, "num_samples": 2}.items()}, top_k=5) == plain
+    )
+    assert run(max_new_tokens=3, seed=7, num_samples=2, eos_id=np.array(2), top_k=np.uint8(5)) == plain
+
+
+def test_uniforms_in_bfloat16() -> None:
+    half = jnp.full((3, 3), 0.5)
+    run = partial(generate, make("mha"), PROMPTS, 3, temperature=1.0, eos_id=None)
+    assert run(uniforms=half.astype(jnp.bfloat16)) == run(uniforms=half)
+
+
+def test_greedy_does_not_look_at_uniforms(monkeypatch) -> None:
+    model = make("mha", vocab_size=41)
+    chex.clear_trace_counter()
+    monkeypatch.setattr(generation, "_choose", chex.assert_max_traces(generation._choose, n=2))
+    run = partial(generate, model, PROMPTS, 3, eos_id=None)
+    assert run() == run(uniforms=np.full((3, 3), 0.5))
+
+
+def test_rooms_are_powers_of_two() -> None:
+    rooms = {generation._power_of_two(limit, generation._LEAST_ROOM) for limit in range(1, 2049)}
+    assert sorted(rooms) == [64, 128, 256, 512, 1024, 2048]
+    model = make("mha", ctx_len=160)
+    draw = partial(generate, model, [1, 5], temperature=1.0, eos_id=None, seed=4)
+    assert draw(max_new_tokens=70).tokens[0][:60] == draw(max_new_tokens=60).tokens[0]

@@ -178,6 +178,7 @@ def test_frequencies_of_a_large_vocabulary() -> None:
         ({"temperature": math.inf}, "temperature=inf"),
         ({"temperature": "1"}, "temperature='1'"),
         ({"temperature": True}, "temperature=True"),
+        ({"temperature": 10**400}, "temperature=1000"),
         ({"top_k": -1}, "top_k=-1 is not allowed"),
         ({"top_k": 1.5}, "top_k=1.5"),
         ({"top_p": 1.01}, "top_p=1.01 is not allowed: must be a number from 0 to 1"),
@@ -208,6 +209,53 @@ def test_bad_arrays() -> None:
             sample(jnp.array([row]), jnp.array([0.5]))
     with pytest.raises(ValueError, match="seen_BV has shape"):
         apply_repetition_penalty(LOGITS, jnp.zeros((1, 5)), 1.2)
-    for penalty in (0.0, -1.0, math.nan):
+    for penalty in (0.0, -1.0, math.nan, 1e-45, 1e39, 10**400):
         with pytest.raises(ValueError, match="repetition_penalty="):
             apply_repetition_penalty(LOGITS, LOGITS > 0, penalty)
+
+
+def test_a_row_is_named_truthfully() -> None:
+    with pytest.raises(ValueError, match=r"logits_BV\[0\] holds nothing but -inf"):
+        truncated_probabilities(jnp.array([[-math.inf, -math.inf]]))
+    with pytest.raises(ValueError, match=r"logits_BV\[0\] holds nan"):
+        truncated_probabilities(jnp.array([[math.nan, -math.inf]]))
+    for row in ([3e38, 3e38], [1e-40, 0.0]):  # a sum that overflows, one that is as good as none
+        with pytest.raises(ValueError, match=r"p_BV\[0\] is no distribution"):
+            sample(jnp.array([row], dtype=jnp.float32), jnp.array([0.5]))
+
+
+def test_lists_are_refused_by_name() -> None:
+    half = jnp.array([[0.5, 0.5]])
+    with pytest.raises(ValueError, match="logits_BV is a list, must be a"):
+        truncated_probabilities([[0.0, 1.0]])
+    with pytest.raises(ValueError, match="p_BV is a list"):
+        sample([[0.5, 0.5]], jnp.array([0.5]))
+    with pytest.raises(ValueError, match="uniforms_B is a list"):
+        sample(half, [0.5])
+    with pytest.raises(ValueError, match="seen_BV is a list"):
+        apply_repetition_penalty(half, [[True, False]], 1.2)
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_penaltys_ends_do_not_overflow(penalty) -> None:
+    logits = jnp.array([[-1e4, 1e4]])
+    penalised = np.asarray(apply_repetition_penalty(logits, logits == logits, penalty))
+    assert np.isfinite(penalised).all()
+    assert (penalised != 0.0).all()
+
+
+@pytest.mark.parametrize(("below", "count"), [(2.0**-26, 3), (2.0**-25, 3), (2.0**-24, 1)])
+def test_a_top_p_that_rounds_to_1_is_1(below, count) -> None:
+    """In float32, where the first token's share of the sum is 1; float64 tells them apart."""
+    steep = jnp.array([[30.0, 0.0, 0.0]], dtype=jnp.float32)
+    assert len(kept(truncated_probabilities(steep, top_p=1.0 - below))[0]) == count
+
+
+@pytest.mark.parametrize("u", [0.67507535, 0.0, 0.25, 1.0 - 2.0**-24])
+def test_a_large_vocabulary_with_empty_blocks(u) -> None:
+    """XLA's cumulative sum of 1024 blocks falls here and there, and rises at an empty one."""
+    rng = np.random.default_rng(2)
+    p = np.zeros((1024, 128), np.float32)
+    p[:, 0] = rng.random(1024) * (rng.random(1024) < 0.5)
+    (token,) = sample(jnp.asarray(p.reshape(1, -1)), jnp.full(1, u, jnp.float32)).tolist()
+    assert p.ravel()[token] > 0.0

@@ -271,3 +271,15 @@ def test_both_graph_modes_of_nnx(graph) -> None:
         assert jnp.array_equal(model(TOKENS), model(TOKENS))
         model.train()
         assert not jnp.array_equal(model(TOKENS), model(TOKENS))
+
+
+def test_lists_and_other_positions_are_refused_by_name() -> None:
+    model = ThinkerLM(vocab_size=11, n_layers=1, d_model=8, n_heads=2, d_ff=8, dropout=0.0, rngs=nnx.Rngs(0))
+    tokens = jnp.array([[1, 2]])
+    with pytest.raises(ValueError, match="tokens is a list, must be an array"):
+        model([[1, 2]])
+    with pytest.raises(ValueError, match="positions is a list"):
+        model(tokens, positions=[0, 1])
+    for dtype in (jnp.bool_, jnp.complex64, jnp.float32):
+        with pytest.raises(ValueError, match=r"positions have shape .* must be integers"):
+            model(tokens, positions=jnp.zeros(2, dtype))

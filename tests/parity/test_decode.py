@@ -43,6 +43,14 @@ def test_the_run_agrees(result) -> None:
     assert result.exit_code == 0
 
 
+@pytest.mark.long
+def test_every_case_agrees_compiled_in_every_precision() -> None:
+    found = decode.run(Scope(full=True), lambda *_: None)
+    assert found.exit_code == 0
+    assert {row.regime for row in found.rows} >= {case.regime for case in (*decode.CASES, *decode.MORE)}
+    assert all(control.rejected for control in found.controls)
+
+
 @pytest.mark.parametrize("control", decode.CONTROLS)
 def test_the_control_is_rejected(result, control) -> None:
     (found,) = [c for c in result.controls if c.name == control]

@@ -58,7 +58,7 @@ def seen_by(model: Any, kind: Any, batch: tuple[np.ndarray, ...]) -> list[tuple[
     return seen
 
 
-def scores(module: CausalSelfAttention, x, cos, sin, mask) -> Any:
+def scores(module: CausalSelfAttention, x, cos, sin, mask, cache=None) -> Any:
     """q·k/√d where the key may be seen."""
     B, T, _ = x.shape
     q, k, _ = (module.q(x), module.k(x), None) if module.use_gqa else module.qkv(x).chunk(3, dim=-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +32,31 @@ def test_the_foreign_pair_prints_what_is_said_of_it(extra, verdict):
     assert [line.split()[2] for line in lines] == [verdict, verdict]
 
 
-def test_the_checkpoint_loads_in_jax():
-    assert run(BLOCKS[1]).strip() == "(1, 4, 1024)"
+def test_the_checkpoint_loads_and_generates_in_jax():
+    *text, shape = run(BLOCKS[1]).strip().splitlines()
+    assert "".join(text).strip()
+    assert re.fullmatch(r"\(1, \d+, 1024\)", shape)
+
+
+COMMANDS = re.findall(r"^python (-m omni_\w+ (?:inspect|generate|convert) .*?) *(?:#.*)?$", README, re.M)
+
+
+def test_there_are_three_commands():
+    assert [line.split()[2] for line in COMMANDS] == ["inspect", "generate", "convert"]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_command_runs_as_it_stands(tmp_path, line):
+    (tmp_path / "parity").symlink_to(ROOT / "parity")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, *shlex.split(line)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+    if "convert" in line:
+        assert "left out: optimizer" in done.stdout
+        assert (tmp_path / "thinker.safetensors").is_file()
 
 
 def test_the_commands_named_exist():

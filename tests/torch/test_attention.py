@@ -188,3 +188,23 @@ def test_no_mask_is_a_mask_that_hides_nothing() -> None:
     everything = torch.ones(1, 1, 7, dtype=torch.bool)
     error = attention._attend_fused(q, k, v, None) - attention._attend_fused(q, k, v, everything)
     assert float(error.abs().max()) <= (4 + 7) * torch.finfo(torch.float64).eps * float(v.abs().max())
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((3,), (3,), (3,)),
+        ((2, 3), (4, 3), (5, 3)),
+        ((2, 3), (4, 2), (4, 3)),
+        ((2, 0), (4, 0), (4, 3)),
+        ((2, 3), (0, 3), (0, 3)),
+    ],
+)
+def test_simple_attention_refuses_shapes_that_do_not_belong_together(shapes) -> None:
+    with pytest.raises(ValueError, match="query, key, value have shapes"):
+        simple_attention(*map(torch.zeros, shapes))
+
+
+def test_a_list_is_no_mask() -> None:
+    with pytest.raises(ValueError, match="attention_mask is a list, must be a tensor"):
+        attention.make_attention_mask(1, 2, [[True, True]])

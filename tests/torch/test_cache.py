@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from omni_torch.cache import KVCache, init_cache
 from omni_torch.layers import TokenIdError
@@ -200,7 +201,7 @@ def test_a_cache_of_another_model_or_batch_is_refused(changes, batch) -> None:
 def test_other_caches_and_masks_are_refused() -> None:
     model = build()
     tokens, mask = draw(2, 4)
-    with pytest.raises(ValueError, match=r"in torch.float64 on cpu, this model and input need .* in torch.float32"):
+    with pytest.raises(ValueError, match=r"in float64 on cpu, this model and input need .* in float32"):
         build().float()(tokens, cache=init_cache(model, 2))
     with pytest.raises(ValueError, match="cache is a dict, must be a KVCache"):
         model(tokens, cache={})
@@ -258,3 +259,28 @@ def test_a_decode_step_compiles_as_one_graph() -> None:
         assert_same(logits, model(tokens[:, at : at + 1], cache=caches[1])[0])
     assert isinstance(caches[0], KVCache)
     assert caches[0].length == 10
+
+
+@pytest.mark.parametrize("window", [1, None, "yes"])
+def test_the_window_is_true_or_false(window) -> None:
+    with pytest.raises(ValueError, match=r"window=.* is not allowed: must be True or False"):
+        init_cache(build(), 1, window=window)
+
+
+def test_a_list_is_no_mask() -> None:
+    model = build()
+    with pytest.raises(ValueError, match="attention_mask is a list, must be a"):
+        model(draw(1, 2)[0], cache=init_cache(model, 1), attention_mask=[[True, True]])
+
+
+def test_a_ring_compiles_a_few_times() -> None:
+    """Not once for each slot: the steps until it is full, and those after."""
+    torch._dynamo.reset()
+    model, counter = build(), CompileCounter()
+    step = torch.compile(lambda tokens, cache: model(tokens, cache=cache), fullgraph=True, backend=counter)
+    tokens, mask = draw(2, 25)
+    cache, parts = init_cache(model, 2, 6, window=True), []
+    for at in range(25):
+        parts.append(step(tokens[:, at : at + 1], cache)[0])
+    assert_same(torch.cat(parts, dim=1), model(tokens, attention_mask=banded(mask, 6), positions=torch.arange(25)))
+    assert counter.frame_count <= 4

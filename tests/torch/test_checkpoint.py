@@ -30,6 +30,7 @@ from omni_torch.checkpoint import (  # noqa: E402
     save_checkpoint,
 )
 from omni_torch.pt_format import write_pt  # noqa: E402
+from omni_torch.safetensors_format import read_safetensors, write_safetensors  # noqa: E402
 from omni_torch.thinker import ThinkerLM  # noqa: E402
 
 PT = runpy.run_path(str(Path(__file__).parent.parent / "pt_files.py"))
@@ -262,7 +263,7 @@ def test_a_file_without_a_thinker_is_read_and_says_so(tmp_path, kind, names):
     got = load_checkpoint(tmp_path / "p.pt")
     assert (got.kind, got.step, got.model) == (kind, 4, {})
     assert same(got.parts, parts)
-    with pytest.raises(CheckpointError, match=f"no weights of ThinkerLM, only of {', '.join(names)} .a {kind}"):
+    with pytest.raises(CheckpointError, match=f"no weights of ThinkerLM, only of {', '.join(names)} .kind {kind}"):
         load_weights(make_model(), got)
     assert not load_report(make_model(), got).fits
 
@@ -309,7 +310,11 @@ def test_parts_that_cannot_be_saved_or_read(tmp_path):
 FOLDERS = {
     "run": (["best.pt", "last.pt"], "best.pt", "last.pt"),
     "family": (["thinker_best.pt", "thinker.pt", "thinker_step_1000.pt", "thinker_step_200.pt"], "thinker_best.pt",
-               "thinker_step_1000.pt"),
+               "thinker.pt"),
+    "family before its end": (["thinker_step_1000.pt", "thinker_step_200.pt", "gpt2.pt"], "thinker_step_1000.pt",
+                              "thinker_step_1000.pt"),
+    "final of two forms": (["a-5.pt", "a.safetensors", "b-3.pt", "b.pt"], "a.safetensors", "a.safetensors"),
+    "shards beside a whole": (["model-00001-of-00002.safetensors", "model.pt"], "model.pt", "model.pt"),
     "steps": (["step9.pt", "step10.pt", "tokenizer.model"], "step10.pt", "step10.pt"),
     "export": (["model.safetensors", "config.json"], "model.safetensors", "model.safetensors"),
     "one and a best": (["best_model.safetensors", "thinker.pt"], "best_model.safetensors", "thinker.pt"),
@@ -330,7 +335,8 @@ def test_a_folder_gives_its_best_or_its_latest(tmp_path, name):
     assert load_checkpoint(tmp_path).step == files.index(best)
     assert load_checkpoint(tmp_path, which="best").step == files.index(best)
     assert load_checkpoint(tmp_path, which="latest").step == files.index(latest)
-    assert load_checkpoint(tmp_path / files[0], which="latest").step == 0
+    if "-of-" not in files[0]:
+        assert load_checkpoint(tmp_path / files[0], which="latest").step == 0
 
 
 def test_a_folder_that_leaves_a_choice_is_refused(tmp_path):
@@ -342,6 +348,8 @@ def test_a_folder_that_leaves_a_choice_is_refused(tmp_path):
         (["a_step_5.pt", "b_step_5.pt"], "each is of step 5"),
         (["a.pt", "b.pt"], "no name tells which is the latest"),
         (["last.pt", "last.safetensors"], "each is the last"),
+        (["a_step_5.pt", "a.pt", "a.pth"], "each is the final one"),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "shards are not read; join them"),
     ):
         for file in names:
             (tmp_path / file).write_bytes(b"x")
@@ -368,7 +376,7 @@ WRONG_FILES = {
     "no weights": (PT["archive"](b"\x80\x02}.", {}), "no model"),
     "numbers": (PT["archive"](PT["model"](b"K\x01"), {}), "no model"),
     "step": (PT["archive"](b"\x80\x02}(X\x05\x00\x00\x00model" + PT["model"](PT["tensor"]())[2:-1]
-             + b"X\x04\x00\x00\x00stepNX\x09\x00\x00\x00optimizerK\x01u."), "optimizer is a int"),
+             + b"X\x04\x00\x00\x00stepNX\x09\x00\x00\x00optimizerK\x01u."), "optimizer has type int, not dict"),
     "header": (b"\x10\x00\x00\x00\x00\x00\x00\x00{xxxxxxxxxxxxxxx", "not JSON"),
     "repeated": (b"\x12\x00\x00\x00\x00\x00\x00\x00" + b'{"a":1,"a":2}     ', "twice"),
     "huge header": (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "header has"),
@@ -391,6 +399,15 @@ def test_wrong_paths(tmp_path):
     for path, word in (("nowhere.pt", "does not exist"), (".", "is a folder"), ("a\0b", "not a valid path")):
         with pytest.raises(CheckpointError, match=word):
             load_checkpoint(f"{tmp_path}/{path}")
+    for path in (3, None, b"a.pt"):
+        with pytest.raises(
+            CheckpointError, match=r"path = .* has type (int|NoneType|bytes): must be a str or os.PathL"
+        ):
+            load_checkpoint(path)
+        with pytest.raises(CheckpointError, match=r"path = .* must be a str or os.PathLike; give the path of a file"):
+            save_checkpoint(path, model=make_model())
+    with pytest.raises(CheckpointError, match="no file name holds a NUL"):
+        save_checkpoint(f"{tmp_path}/a\0b", model=make_model())
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="not a regular file"):
         load_checkpoint(tmp_path / "pipe")
@@ -629,3 +646,32 @@ def test_metadata_of_our_safetensors(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(flipped)
     with pytest.raises(CheckpointError, match="SHA-256"):
         load_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_names_of_distributed_models(tmp_path):
+    """DistributedDataParallel puts `module.` in front of every key, torch.compile `_orig_mod.` before or after it."""
+    weights = export_weights(make_model())
+    for prefix in ("module.", "_orig_mod.module.", "module._orig_mod."):
+        save_tree(tmp_path / "d.pt", {"model": {prefix + key: value for key, value in weights.items()}})
+        got = load_checkpoint(tmp_path / "d.pt")
+        assert same(dict(got.model), dict(weights))
+        assert got.renamed == {prefix + key: key for key in weights}
+    save_tree(tmp_path / "d.pt", {"module.norm.weight": ones(2), "lm_head.weight": ones(2)})  # not of all keys
+    assert "module.norm.weight" in load_checkpoint(tmp_path / "d.pt").model
+
+
+def test_safetensors_files_are_equal_byte_by_byte(tmp_path):
+    tensors = {"b": ones(3), "a": ones(2, 2), "c": ones(0)}
+    for name, order in (("1", "abc"), ("2", "cba")):
+        with (tmp_path / name).open("wb") as stream:
+            metadata = {key: key for key in order}
+            write_safetensors(stream, {key: tensors[key] for key in order}, metadata)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    with (tmp_path / "1").open("rb") as stream:
+        assert list(read_safetensors(stream)[1]) == ["a", "b", "c"]
+
+
+def test_an_array_has_one_name_in_messages(tmp_path):
+    save_tree(tmp_path / "x.pt", {"other": 3, "weight": ones(2)})
+    with pytest.raises(CheckpointError, match="'weight': array"):
+        load_checkpoint(tmp_path / "x.pt")

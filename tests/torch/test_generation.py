@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import parametrizations, prune, weight_norm
 
+from omni_torch import layers
 from omni_torch.checkpoint import save_checkpoint
 from omni_torch.config import ThinkerConfig
 from omni_torch.generation import Generation, generate, simple_inference
@@ -221,7 +225,7 @@ def test_a_compiled_model(wrap) -> None:
         compiled = model
         compiled.compile(fullgraph=True, backend="eager")
     assert generate(compiled, PROMPTS, max_new_tokens=6, eos_id=None).tokens == expected.tokens
-    with pytest.raises(ValueError, match="the compiled model is in training mode"):
+    with pytest.raises(ValueError, match="the compiled model is in training mode, or a part"):
         generate(compiled.train(), PROMPTS, max_new_tokens=6)
 
 
@@ -260,6 +264,9 @@ def test_a_prompt_it_refuses() -> None:
     for empty, name in (([], "prompt_ids"), ([[1], []], r"prompt_ids\[1\]"), ([[]], r"prompt_ids\[0\]")):
         with pytest.raises(ValueError, match=f"{name} must be a list of at least one token id"):
             run(empty)
+    for other in (None, 3, {1, 2}, {1: 2}, iter([1, 2]), np.array(3), "12", [1, [2, 3]], [[1, [2]], [3]], [[1], 2]):
+        with pytest.raises(ValueError, match="must be a list of at least one token id"):
+            run(other)
     for floats in ([1.0, 2.0], [[1, 2], [1.5]], [True, False], ["a", "b"]):
         with pytest.raises(ValueError, match="all integers"):
             run(floats)
@@ -287,7 +294,19 @@ def test_a_prompt_it_refuses() -> None:
         ({"num_samples": 0}, "num_samples=0"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": "1"}, "seed='1'"),
+        ({"temperature": 10**400}, "temperature=1000"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty=1e-45 is not allowed: must be a number from 1e-06 to 1e"),
+        ({"window": 1}, "window=1 is not allowed: must be True or False"),
         ({"eos_id": 31}, "eos_id = 31 is not a token id"),
+        ({"eos_id": -1}, "eos_id=-1 is not allowed"),
+        ({"eos_id": [2]}, r"eos_id=\[2\] is not allowed: must be an integer"),
+        ({"eos_id": "2"}, "eos_id='2'"),
+        ({"eos_id": np.array([2, 3])}, "eos_id=array"),
+        ({"eos_id": 2.0}, "eos_id=2.0"),
+        ({"uniforms": "half"}, "uniforms"),
+        ({"uniforms": [[0.5], [0.5, 0.5]]}, "uniforms are a list that is no array of numbers"),
+        ({"uniforms": None, "max_new_tokens": [3]}, r"max_new_tokens=\[3\]"),
         ({"uniforms": torch.zeros(2, 3)}, r"\(rows, max_new_tokens\) = \(3, 3\)"),
         ({"uniforms": torch.zeros(3, 3, dtype=torch.int)}, "uniforms have shape"),
         ({"uniforms": torch.ones(3, 3)}, r"uniforms\[0, 0\] = 1.0 is not allowed"),
@@ -334,8 +353,123 @@ def test_simple_inference(tmp_path) -> None:
     (likeliest,) = last_logits(model, [1, *tokenizer.encode(prompt)]).argmax(dim=-1).tolist()
     output = simple_inference(tmp_path / "thinker.pt", tmp_path / "tokenizer.model", prompt)
     assert output == tokenizer.decode([likeliest])
+    config = (tmp_path / "config.json").rename(tmp_path / "other.json")
+    for given in ({"n_heads": 4}, {"config": config}):
+        assert simple_inference(tmp_path / "thinker.pt", tmp_path / "tokenizer.model", prompt, **given) == output
     other = make("mha")
     other.config.to_json(tmp_path / "config.json")
     save_checkpoint(tmp_path / "thinker.pt", model=other)
     with pytest.raises(ValueError, match="vocab_size=31: must be equal"):
         simple_inference(tmp_path / "thinker.pt", tmp_path / "tokenizer.model", prompt)
+
+
+@pytest.mark.parametrize("prompt", [[1, 0, 3], [1, 3]])
+def test_padding_is_never_penalised(prompt) -> None:
+    """Neither that of the prompt nor that which was generated: the model's logits are 2 for id 0, 1.9 for id 5."""
+    model = deepcopy(make("mha"))
+    model.tok_emb.weight.data.fill_(1.0)
+    for block in model.blocks:
+        block.attn.o.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    model.lm_head.weight.data = torch.tensor([2.0, *[0.0] * 4, 1.9, *[0.0] * 25])[:, None].expand(31, 24) / 24
+    result = generate(model, prompt, max_new_tokens=4, repetition_penalty=1.5, eos_id=None)
+    assert result.tokens == [[0, 0, 0, 0]]
+    assert generate(model, [*prompt, 5], max_new_tokens=1, repetition_penalty=0.5, eos_id=None).tokens == [[5]]
+
+
+def test_a_uniform_that_rounds_to_1_draws_a_token_that_can_be_drawn() -> None:
+    model = make("mha")
+    uniforms = torch.full((1, 4), 1.0 - 2.0**-53, dtype=torch.float64)
+    result = generate(model, PROMPTS[0], 4, temperature=1.0, top_k=2, uniforms=uniforms, eos_id=None)
+    ids = list(PROMPTS[0])
+    for token in result.tokens[0]:
+        assert token == int(last_logits(model, ids).topk(2).indices.max())
+        ids.append(token)
+
+
+def test_an_integer_of_numpys_is_an_integer() -> None:
+    run = partial(generate, make("mha"), PROMPTS, temperature=1.0)
+    plain = run(max_new_tokens=3, seed=7, num_samples=2, eos_id=2, top_k=5)
+    assert (
+        run(**{k: np.int64(v) for k, v in {"max_new_tokens": 3, "seed": 7, "num_samples": 2}.items()}, top_k=5) == plain
+    )
+    assert run(max_new_tokens=3, seed=7, num_samples=2, eos_id=np.array(2), top_k=np.uint8(5)) == plain
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.uint64])
+def test_prompts_of_any_integers(dtype) -> None:
+    model = make("mha", vocab_size=70_000)
+    prompt = np.array([1, 5, 127], dtype)
+    expected = generate(model, prompt.tolist(), max_new_tokens=2)
+    assert generate(model, prompt, max_new_tokens=2) == expected
+    assert generate(model, torch.from_numpy(prompt), max_new_tokens=2) == expected
+
+
+def test_uniforms_in_bfloat16() -> None:
+    half = torch.full((3, 3), 0.5)
+    run = partial(generate, make("mha"), PROMPTS, 3, temperature=1.0, eos_id=None)
+    assert run(uniforms=half.to(torch.bfloat16)) == run(uniforms=half)
+
+
+def pruned(linear: torch.nn.Linear) -> None:
+    prune.l1_unstructured(linear, "weight", 0.5)
+
+
+HOOKED = {
+    "pruning": pruned,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("kind", [*HOOKED, "old weight_norm"])
+def test_weights_that_are_computed(kind) -> None:
+    """By hooks or parametrizations; also where enough tokens follow to lay the others out anew."""
+    model = deepcopy(make("mha", ctx_len=48))
+    change = HOOKED.get(kind, old_weight_norm)
+    for linear in (model.lm_head, model.blocks[0].attn.qkv, model.blocks[0].mlp.up_proj):
+        change(linear)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    result = generate(model, PROMPTS[0], max_new_tokens=34, eos_id=None)
+    assert_greedy(model, PROMPTS[0], result.tokens[0], result.logprobs[0])
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def old_weight_norm(linear: torch.nn.Linear) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        weight_norm(linear)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": True, "max_new_tokens": 30}])
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_a_compiled_model_is_compiled_a_few_times(options, num_samples) -> None:
+    """The prompt, the steps, and the steps on a full ring, in which the slots go round three times."""
+    torch._dynamo.reset()
+    model = deepcopy(make("mha", ctx_len=10))
+    options = {"max_new_tokens": 7, "eos_id": None, "num_samples": num_samples} | options
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    assert generate(compiled, [1, 5, 9], **options).tokens == generate(model, [1, 5, 9], **options).tokens
+    assert counter.frame_count <= 4
+
+
+def test_a_part_in_training_mode_or_compiled() -> None:
+    model = deepcopy(make("mha"))
+    expected = generate(model, PROMPTS, max_new_tokens=2)
+    model.blocks[0].compile(backend="eager")
+    assert generate(model, PROMPTS, max_new_tokens=2).tokens == expected.tokens
+    model.blocks[0].drop.train()
+    with pytest.raises(ValueError, match="the compiled model is in training mode, or a part of it"):
+        generate(model, PROMPTS, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_one_transfer_in_a_step(options, monkeypatch) -> None:
+    """Of ids, sums and log-probabilities; the ids that were drawn are not looked at once more."""
+    seen = []
+    to_cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: seen.append(x.shape) or to_cpu(x))
+    monkeypatch.setattr(layers, "check_token_ids", lambda *args: seen.append("a look"))
+    generate(make("mha"), PROMPTS, max_new_tokens=5, eos_id=None, **options)
+    assert seen == [(3, 3)] * 5

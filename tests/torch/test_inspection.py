@@ -154,3 +154,16 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
         inspect_checkpoint(tmp_path)
+
+
+def test_a_config_and_heads_may_be_given(tmp_path):
+    model = make_model()
+    save_checkpoint(tmp_path / "a.pt", model=model)
+    assert "config= (--config FILE) or n_heads= (--n-heads N)" in inspect_checkpoint(tmp_path / "a.pt").problem
+    found = inspect_checkpoint(tmp_path / "a.pt", n_heads=4)
+    assert found.architecture.told["n_heads"] == "hint"
+    model.config.to_json(tmp_path / "other.json")
+    found = inspect_checkpoint(tmp_path / "a.pt", config=tmp_path / "other.json")
+    assert found.architecture.config == model.config
+    assert found.config_file == str(tmp_path / "other.json")
+    assert "n_heads=3 does not fit" in inspect_checkpoint(tmp_path / "a.pt", n_heads=3).problem

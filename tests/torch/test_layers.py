@@ -69,6 +69,24 @@ def test_check_token_ids_wants_integers(dtype) -> None:
     assert not isinstance(caught.value, TokenIdError)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "uint32", "int32", "uint64"])
+def test_ids_of_any_integers(dtype) -> None:
+    """In their own dtype 300 or 70000 may wrap round to a small number."""
+    ids = torch.tensor([5, 44, 127]).to(getattr(torch, dtype))
+    table = TokenEmbedding(70_000, 1)
+    assert torch.equal(table(ids), table(ids.long()))
+    with pytest.raises(TokenIdError, match=r"tokens\[2\] = 127 "):
+        check_token_ids(ids, 127)
+    with pytest.raises(TokenIdError, match=r"tokens\[0\] = 18446744073709551615 "):
+        check_token_ids(torch.tensor([-1]).view(torch.uint64), 70_000)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], np.array([1, 2])])
+def test_the_embedding_takes_tensors(tokens) -> None:
+    with pytest.raises(ValueError, match=r"must be a tensor; pass torch.as_tensor\(tokens\)"):
+        TokenEmbedding(7, 4)(tokens)
+
+
 def test_statistics_dtype() -> None:
     wide = {torch.float64: torch.float64, torch.float32: torch.float32}
     wide |= {torch.bfloat16: torch.float32, torch.float16: torch.float32}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from omni_torch.thinker import ThinkerLM
 from omni_torch.tokenizer import BPETokenizer
 from omni_torch.training_utils import NumericalError
 
+PACKAGE = "omni_torch"
 ROOT = Path(__file__).parent.parent.parent
 STORY = "".join(f"Once upon a time, {i} foxes ran over the hill, and the owl said {i + 1}.\n" for i in range(50))
 CTX_LEN = 48
@@ -37,7 +39,7 @@ SURFACE = {
     "train": {"--config", "--text", "--out", "--tokenizer", "--resume", "--max-steps", "--seed", "--quiet"},
     "generate": COMMON | {"--prompt", "--num-samples", "--window", "--json", "--stream"},
     "chat": COMMON,
-    "inspect": {"checkpoint", "--json"},
+    "inspect": {"checkpoint", "--config", "--n-heads", "--json"},
     "convert": {"source", "target", "--kind", "--split-qkv", "--config", "--n-heads", "--json"},
 }
 
@@ -82,6 +84,8 @@ def test_commands_and_options_are_those_written_here():
     }
     assert found == SURFACE
     assert all(name in run("--help").stdout for name in SURFACE)
+    for name in ("generate", "chat"):
+        assert "above temperature 0 their texts differ" in " ".join(run(name, "--help").stdout.split())
 
 
 # --- generate
@@ -154,11 +158,11 @@ BAD = {
     "half a character": (("--prompt", "\udce4"), "lone surrogate"),
     "too much text": (("--prompt", STORY), "allowed are up to ctx_len=48"),
     "negative length": (("--max-new-tokens", -1), "max_new_tokens=-1 is not allowed"),
-    "too long": (("--max-new-tokens", 500), "goes beyond ctx_len=48"),
+    "too long": (("--max-new-tokens", 500), "or pass --window to let the oldest tokens go"),
     "temperature": (("--temperature", -0.5), "temperature=-0.5 is not allowed"),
     "top_k": (("--top-k", -1), "top_k=-1 is not allowed"),
     "top_p": (("--top-p", 1.5), "top_p=1.5 is not allowed"),
-    "penalty": (("--repetition-penalty", 0), "repetition_penalty=0 is not allowed"),
+    "penalty": (("--repetition-penalty", 0), "repetition_penalty=0"),
     "samples": (("--num-samples", 0), "num_samples=0 is not allowed"),
     "seed": (("--seed", -1), "seed=-1 is not allowed"),
     "heads": (("--n-heads", 3), "n_heads=3"),
@@ -181,6 +185,21 @@ def test_bad_input_is_refused_in_one_line(folder, name):
     assert words in line
 
 
+def test_the_space_of_stdin_is_kept_but_for_the_end_of_the_line(folder):
+    ours = ("generate", "--checkpoint", folder, "--max-new-tokens", 1, "--json", "--prompt", "-")
+    assert json.loads(run(*ours, stdin=b"  the fox \r\n").stdout)["prompt"] == "  the fox "
+    assert json.loads(run(*ours, stdin=b"the fox\n\n").stdout)["prompt"] == "the fox\n"
+
+
+@pytest.mark.parametrize("command", [("generate", "--prompt", "-"), ("chat",)])
+def test_a_closed_stdin_is_said(folder, command):
+    given = [sys.executable, "-m", PACKAGE, *command, "--checkpoint", str(folder)]
+    ended = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *given], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: stdin is closed, and ")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_stdin_that_is_no_text(folder):
     line = refused(run("generate", "--checkpoint", folder, "--prompt", "-", stdin=b"fox\xff"))
     assert "the prompt on stdin is not UTF-8 at byte 3" in line
@@ -188,11 +207,12 @@ def test_stdin_that_is_no_text(folder):
 
 def test_a_tokenizer_of_another_vocabulary_is_refused_before_any_work(folder, tmp_path, pretended):
     pretended(lambda *_, **__: pytest.fail("worked"))
-    BPETokenizer.train(folder / "story.txt", tmp_path / "other.model", 301)
-    for command in (("generate", "--prompt", "the fox"), ("chat",)):
-        ended = run(*command, "--checkpoint", folder, "--tokenizer", tmp_path / "other.model", stdin="fox\n")
-        assert "other.model' has 301 ids, and the model" in refused(ended)
-        assert "has vocab_size=300: must be equal" in ended.stderr
+    for size in (299, 301):
+        BPETokenizer.train(folder / "story.txt", tmp_path / "other.model", size)
+        for command in (("generate", "--prompt", "the fox"), ("chat",)):
+            ended = run(*command, "--checkpoint", folder, "--tokenizer", tmp_path / "other.model", stdin="fox\n")
+            assert f"other.model' has {size} ids, and the model" in refused(ended)
+            assert "has vocab_size=300: must be equal" in ended.stderr
 
 
 def test_a_checkpoint_without_a_tokenizer_says_so(folder, tmp_path):
@@ -339,12 +359,26 @@ def test_inspect(folder):
     found = json.loads(run("inspect", folder, "--json").stdout)
     assert (found["kind"], found["step"], found["best_val_loss"]) == ("full", 7, 1.5)
     assert "does not exist" in refused(run("inspect", folder / "other.pt"))
+    (folder / "alone").mkdir()
+    (folder / "alone" / "a.pt").write_bytes((folder / "thinker.pt").read_bytes())
+    alone = ("inspect", folder / "alone" / "a.pt")
+    assert "--n-heads N" in run(*alone).stdout
+    assert "n_heads = 2  [hint]" in run(*alone, "--n-heads", 2).stdout
+    assert "ctx_len = 48  [config file]" in run(*alone, "--config", folder / "config.json").stdout
+    ended = run("convert", folder / "alone" / "a.pt", folder / "alone" / "b.safetensors", "--n-heads", 2)
+    assert ended.stdout.endswith("assumed: dropout=0.1, rope_theta=10000.0, ctx_len=512\n")
 
 
 def test_convert(folder, tmp_path):
     ended = run("convert", folder / "thinker.pt", tmp_path / "x.safetensors")
     assert (ended.exit_code, ended.stderr) == (0, "")
     assert "thinker.pt (full) -> " in ended.stdout
+    proof = json.loads((tmp_path / "x.safetensors.manifest.json").read_text())
+    assert (proof["dropped"], proof["notes"]) == ({}, [])
+    save_checkpoint(tmp_path / "o.pt", model=load_checkpoint(folder / "thinker.pt").model, optimizer={"state": {}})
+    ended = run("convert", tmp_path / "o.pt", tmp_path / "x.safetensors")
+    assert ended.stdout.endswith("left out: optimizer (a safetensors file does not hold it)\n")
+    assert "optimizer" in json.loads((tmp_path / "x.safetensors.manifest.json").read_text())["dropped"]
     assert (tmp_path / "x.safetensors.manifest.json").is_file()
     again = run("convert", tmp_path / "x.safetensors", tmp_path / "y.pt", "--kind", "legacy", "--json")
     assert json.loads(again.stdout)["target_kind"] == "legacy"
@@ -382,11 +416,21 @@ def test_ctrl_c_at_the_prompt_of_a_pipe_ends_the_chat(folder, tmp_path):
     command = [sys.executable, "-m", "omni_torch", "chat", "--checkpoint", str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as chat:
+    # A child inherits that Ctrl-C is ignored, as it is in a shell's background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        chat = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with chat:
         assert chat.stdout is not None
         assert chat.stderr is not None
         assert chat.stdout.read(5) == "you> "
         time.sleep(1)  # Python sees a signal in a read, or at its next instruction, not between the two
-        chat.send_signal(signal.SIGINT)
-        assert chat.wait(60) == 130
+        for _ in range(4):  # so one may be lost
+            chat.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                chat.wait(30)
+                break
+        assert chat.returncode == 130
         assert chat.stderr.read() == "interrupted\n"

@@ -177,6 +177,7 @@ def test_frequencies_of_a_large_vocabulary() -> None:
         ({"temperature": math.inf}, "temperature=inf"),
         ({"temperature": "1"}, "temperature='1'"),
         ({"temperature": True}, "temperature=True"),
+        ({"temperature": 10**400}, "temperature=1000"),
         ({"top_k": -1}, "top_k=-1 is not allowed"),
         ({"top_k": 1.5}, "top_k=1.5"),
         ({"top_p": 1.01}, "top_p=1.01 is not allowed: must be a number from 0 to 1"),
@@ -207,6 +208,52 @@ def test_bad_arrays() -> None:
             sample(torch.tensor([row]), torch.tensor([0.5]))
     with pytest.raises(ValueError, match="seen_BV has shape"):
         apply_repetition_penalty(LOGITS, torch.zeros((1, 5)), 1.2)
-    for penalty in (0.0, -1.0, math.nan):
+    for penalty in (0.0, -1.0, math.nan, 1e-45, 1e39, 10**400):
         with pytest.raises(ValueError, match="repetition_penalty="):
             apply_repetition_penalty(LOGITS, LOGITS > 0, penalty)
+
+
+def test_a_row_is_named_truthfully() -> None:
+    with pytest.raises(ValueError, match=r"logits_BV\[0\] holds nothing but -inf"):
+        truncated_probabilities(torch.tensor([[-math.inf, -math.inf]]))
+    with pytest.raises(ValueError, match=r"logits_BV\[0\] holds nan"):
+        truncated_probabilities(torch.tensor([[math.nan, -math.inf]]))
+    for row in ([3e38, 3e38], [1e-40, 0.0]):  # a sum that overflows, one that is as good as none
+        with pytest.raises(ValueError, match=r"p_BV\[0\] is no distribution"):
+            sample(torch.tensor([row], dtype=torch.float32), torch.tensor([0.5]))
+
+
+def test_lists_are_refused_by_name() -> None:
+    half = torch.tensor([[0.5, 0.5]])
+    with pytest.raises(ValueError, match="logits_BV is a list, must be a"):
+        truncated_probabilities([[0.0, 1.0]])
+    with pytest.raises(ValueError, match="p_BV is a list"):
+        sample([[0.5, 0.5]], torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="uniforms_B is a list"):
+        sample(half, [0.5])
+    with pytest.raises(ValueError, match="seen_BV is a list"):
+        apply_repetition_penalty(half, [[True, False]], 1.2)
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_penaltys_ends_do_not_overflow(penalty) -> None:
+    logits = torch.tensor([[-1e4, 1e4]])
+    penalised = np.asarray(apply_repetition_penalty(logits, logits == logits, penalty))
+    assert np.isfinite(penalised).all()
+    assert (penalised != 0.0).all()
+
+
+@pytest.mark.parametrize(("below", "count"), [(2.0**-26, 3), (2.0**-25, 3), (2.0**-24, 1)])
+def test_a_top_p_that_rounds_to_1_is_1(below, count) -> None:
+    """In float32, where the first token's share of the sum is 1; float64 tells them apart."""
+    steep = torch.tensor([[30.0, 0.0, 0.0]], dtype=torch.float32)
+    assert len(kept(truncated_probabilities(steep, top_p=1.0 - below))[0]) == count
+
+
+def test_sums_that_are_not_monotone(monkeypatch) -> None:
+    """As sums in parallel may be: the one at a token of mass 0 is beyond the goal before any other is."""
+    bumpy = torch.tensor([[0.5, 0.5000001, 0.5, 0.9, 0.8999999]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: bumpy)
+    p = torch.tensor([[0.5, 0.0, 0.0, 0.4, 0.0]])
+    for u, token in ((0.0, 0), (0.5 / 0.9 + 1e-8, 3), (1.0 - 2.0**-24, 3)):
+        assert _draw(p, torch.tensor([u])).tolist() == [token]

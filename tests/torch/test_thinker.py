@@ -206,3 +206,18 @@ def test_forward_hooks_see_what_the_twin_names() -> None:
         model.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.update({name: args[-1].shape}))
     run(model, TOKENS)
     assert seen == dict.fromkeys(names, (2, 6, 24))
+
+
+def test_lists_and_other_positions_are_refused_by_name() -> None:
+    model = ThinkerLM(vocab_size=11, n_layers=1, d_model=8, n_heads=2, d_ff=8, dropout=0.0).eval()
+    tokens = torch.tensor([[1, 2]])
+    for wrong, name in (([[1, 2]], "tokens"), (tokens.numpy(), "tokens")):
+        with pytest.raises(ValueError, match=rf"{name} is a .*, must be a tensor; pass torch.as_tensor"):
+            model(wrong)
+    with pytest.raises(ValueError, match="positions is a list"):
+        model(tokens, positions=[0, 1])
+    with pytest.raises(ValueError, match="attention_mask is a list"):
+        model(tokens, attention_mask=[[True, True]])
+    for dtype in (torch.bool, torch.complex64, torch.float32):
+        with pytest.raises(ValueError, match=r"positions have shape .* must be integers"):
+            model(tokens, positions=torch.zeros(2, dtype=dtype))
