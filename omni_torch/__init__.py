@@ -23,6 +23,21 @@ from .attention import (
     make_attention_mask,
     simple_attention,
 )
+from .audio import (
+    frames_per_second,
+    hz_to_mel,
+    load_audio,
+    log_mel,
+    mel_filter_bank,
+    mel_spectrogram,
+    mel_to_hz,
+    num_frames,
+    plot_mel,
+)
+from .audio_encoder import (
+    AudioEncoderTiny,
+    CTCHead,
+)
 from .autodiff import (
     grad_with_autograd_grad,
     grad_with_backward,
@@ -58,6 +73,9 @@ from .config import (
 from .conversion import (
     Manifest,
     convert_checkpoint,
+)
+from .ctc import (
+    ctc_loss,
 )
 from .data import (
     NextTokenDataset,
@@ -148,6 +166,16 @@ from .training_utils import (
     set_seed,
     validate_loss,
 )
+from .vision import (
+    load_image,
+    patchify,
+    resize,
+    resize_positions,
+    unpatchify,
+)
+from .vision_encoder import (
+    ViTTiny,
+)
 
 __all__ = [
     "PAD_ID",
@@ -175,6 +203,24 @@ __all__ = [
     "Block",
     "ThinkerLM",
     "num_parameters",
+    "load_audio",
+    "hz_to_mel",
+    "mel_to_hz",
+    "mel_filter_bank",
+    "mel_spectrogram",
+    "log_mel",
+    "num_frames",
+    "frames_per_second",
+    "plot_mel",
+    "AudioEncoderTiny",
+    "CTCHead",
+    "ctc_loss",
+    "load_image",
+    "resize",
+    "patchify",
+    "unpatchify",
+    "resize_positions",
+    "ViTTiny",
     "apply_repetition_penalty",
     "truncated_probabilities",
     "sample",

@@ -215,6 +215,7 @@ def test_the_table_is_short_and_gives_reasons() -> None:
 
 ALIKE = [
     "architecture",
+    "audio_file",
     "chat_command",
     "checkpoint_folder",
     "config",
@@ -222,8 +223,10 @@ ALIKE = [
     "files",
     "foreign_names",
     "generate_command",
+    "image_file",
     "inspection",
     "interrupt",
+    "mel",
     "progress",
     "prompting",
     "run_folder",

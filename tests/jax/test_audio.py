@@ -1,0 +1,359 @@
+"""Mel spectrograms against librosa in float64; sound files, resampling, and the figure."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from omni_jax.audio import (
+    frames_per_second,
+    hz_to_mel,
+    load_audio,
+    log_mel,
+    mel_filter_bank,
+    mel_spectrogram,
+    mel_to_hz,
+    num_frames,
+    plot_mel,
+)
+from omni_jax.audio_file import resample
+
+# What is required of a spectrogram, relative to the largest value of librosa's in float64.
+MOST_FLOAT64, MOST_FLOAT32 = 1e-12, 1e-6
+SETTINGS = 60
+EPS64 = np.finfo(np.float64).eps
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def librosa():
+    librosa = pytest.importorskip("librosa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports lazily, and what it imports warns of its own future
+        librosa.feature.melspectrogram(y=np.ones(64), n_fft=16, n_mels=4)
+    return librosa
+
+
+def draw(seed: int) -> tuple[np.ndarray, dict]:
+    """A wave and the settings of its spectrogram, drawn."""
+    rng = np.random.default_rng(seed)
+    pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
+    sample_rate = pick(8000, 16000, 22050, 44100)
+    n_fft = pick(64, 100, 127, 255, 256, 400, 512, 1024)
+    f_min = pick(0.0, 0.0, 20.0, 133.3)
+    settings = {
+        "sample_rate": sample_rate,
+        "n_fft": n_fft,
+        "hop_length": int(rng.integers(1, n_fft)),
+        "win_length": pick(None, int(rng.integers(2, n_fft + 1))),
+        "n_mels": pick(1, 20, 40, 80, 128),
+        "f_min": f_min,
+        "f_max": pick(None, None, sample_rate / 3.0),
+        "power": pick(1.0, 2.0, 2.0, 1.5),
+        "center": pick(True, True, False),
+        "pad_mode": pick("reflect", "constant"),
+        "norm": pick(None, "slaney"),
+        "mel_scale": pick("htk", "slaney"),
+    }
+    samples = n_fft + int(rng.integers(0, 1500))  # rarely a whole number of hops
+    wave = rng.normal(size=samples) * np.exp(rng.normal()) + np.sin(np.arange(samples) * rng.uniform(0.0, 3.0))
+    return wave, settings
+
+
+def by_librosa(librosa, wave: np.ndarray, settings: dict) -> np.ndarray:
+    names = {"sample_rate": "sr", "f_min": "fmin", "f_max": "fmax"}
+    given = {names.get(name, name): value for name, value in settings.items() if name != "mel_scale"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # some drawn bands are empty
+        return librosa.feature.melspectrogram(
+            y=wave, window="hann", htk=settings["mel_scale"] == "htk", dtype=np.float64, **given
+        )
+
+
+def assert_near(actual, expected: np.ndarray, bound: float, what: object = "") -> None:
+    actual = np.asarray(actual)
+    assert actual.shape == expected.shape, what
+    assert np.isfinite(actual).all(), what
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= bound, f"{what}: {error:.1e}"
+
+
+@pytest.mark.parametrize("seed", range(SETTINGS))
+def test_mel_is_librosas(librosa, seed) -> None:
+    wave, settings = draw(seed)
+    expected = by_librosa(librosa, wave, settings)
+    with jax.enable_x64(True):
+        mel = mel_spectrogram(jnp.asarray(wave), **settings)
+        assert mel.dtype == jnp.float64
+        assert_near(mel, expected, MOST_FLOAT64, settings)
+    narrow = wave.astype(np.float32)
+    mel = mel_spectrogram(jnp.asarray(narrow), **settings)
+    assert mel.dtype == jnp.float32
+    assert_near(mel, by_librosa(librosa, narrow.astype(np.float64), settings), MOST_FLOAT32, settings)
+    count = num_frames(wave.size, settings["n_fft"], settings["hop_length"], settings["center"])
+    assert mel.shape == (settings["n_mels"], count)
+
+
+@pytest.mark.parametrize("mel_scale", ["htk", "slaney"])
+@pytest.mark.parametrize("norm", [None, "slaney"])
+def test_bank_and_scale_are_librosas(librosa, mel_scale, norm) -> None:
+    htk = mel_scale == "htk"
+    hz = np.array([0.0, 1.0, 440.0, 999.9, 1000.0, 1000.1, 8000.0])
+    assert_near(hz_to_mel(hz, mel_scale), librosa.hz_to_mel(hz, htk=htk), 4 * EPS64)
+    assert_near(mel_to_hz(hz_to_mel(hz, mel_scale), mel_scale), hz, 8 * EPS64)
+    bank = mel_filter_bank(16000, 1024, 128, norm=norm, mel_scale=mel_scale)
+    assert bank.dtype == np.float64
+    expected = librosa.filters.mel(sr=16000, n_fft=1024, n_mels=128, htk=htk, norm=norm, dtype=np.float64).T
+    assert_near(bank, expected, MOST_FLOAT64)
+
+
+def test_the_familys_settings() -> None:
+    mel = mel_spectrogram(jnp.zeros((2, 16000)), win_length=400)
+    assert mel.shape == (2, 128, 101)
+    assert not mel.any()  # silence
+    assert frames_per_second(16000, 160) == 100.0
+    assert num_frames(16000, 1024, 160, center=False) == 94
+
+
+def test_edges_differ_by_padding_and_nothing_else(x64) -> None:
+    """A bound on the middle alone would not see the padding."""
+    wave = jnp.asarray(np.random.default_rng(0).normal(size=4000))
+    reflected, zeros = (mel_spectrogram(wave, n_fft=256, pad_mode=mode) for mode in ("reflect", "constant"))
+    inner = slice(1, -1)  # one frame on either side reaches over an end
+    assert_near(reflected[:, inner], np.asarray(zeros[:, inner]), 64 * EPS64)
+    for end in (0, -1):
+        assert float(jnp.abs(reflected[:, end] - zeros[:, end]).max()) > 0.1 * float(zeros[:, end].max())
+
+
+def test_full_scale_clipping_stays_finite() -> None:
+    clipped = jnp.asarray(np.sign(np.sin(np.arange(3001) * 0.3)), jnp.float32)
+    assert bool(jnp.isfinite(mel_spectrogram(clipped)).all())
+
+
+def test_a_clip_does_not_hear_the_rest_of_the_batch(x64) -> None:
+    rng = np.random.default_rng(0)
+    waves = jnp.asarray(rng.normal(size=(3, 777)) * np.array([[1.0], [1e-4], [1e4]]))
+    together = log_mel(mel_spectrogram(waves, n_fft=200, hop_length=50))
+    for alone, row in zip(waves, together, strict=True):
+        assert_near(row, np.asarray(log_mel(mel_spectrogram(alone, n_fft=200, hop_length=50))), 64 * EPS64)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_jit_vmap_and_gradients(x64, power) -> None:
+    run = partial(mel_spectrogram, n_fft=64, hop_length=20, n_mels=10, power=power)
+    waves = jnp.asarray(np.random.default_rng(0).normal(size=(2, 150)))
+    expected = np.asarray(run(waves))
+    assert_near(jax.jit(run)(waves), expected, 64 * EPS64)
+    assert_near(jax.jit(jax.vmap(run))(waves), expected, 64 * EPS64)
+    # Through the logarithm, and along one direction: two central differences.
+    total = lambda waves: jnp.sum(log_mel(run(waves)))  # noqa: E731
+    direction = jnp.asarray(np.random.default_rng(1).normal(size=waves.shape))
+    step = EPS64 ** (1 / 3)
+    measured = float(total(waves + step * direction) - total(waves - step * direction)) / (2 * step)
+    assert float(jnp.vdot(jax.grad(total)(waves), direction)) == pytest.approx(measured, rel=1e4 * step**2)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_silence_has_a_finite_gradient(power) -> None:
+    run = lambda wave: jnp.sum(log_mel(mel_spectrogram(wave, n_fft=64, hop_length=20, n_mels=10, power=power)))  # noqa: E731
+    assert not jax.jit(jax.grad(run))(jnp.zeros(100)).any()
+
+
+def test_low_precision_is_computed_in_float32() -> None:
+    wave = jnp.asarray(np.random.default_rng(0).normal(size=500), jnp.bfloat16)
+    mel = mel_spectrogram(wave, n_fft=128)
+    assert mel.dtype == jnp.float32
+    assert jnp.array_equal(mel, mel_spectrogram(wave.astype(jnp.float32), n_fft=128))
+    assert log_mel(mel.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_log_mel_has_an_absolute_floor() -> None:
+    mel = jnp.asarray([0.0, 1e-12, 1e-10, 1.0, 10.0])
+    assert_near(log_mel(mel), np.log([1e-10, 1e-10, 1e-10, 1.0, 10.0]), 1e-6)
+    assert log_mel(mel, floor=1.0).tolist()[:4] == [0.0] * 4
+
+
+@pytest.mark.parametrize("samples", [1, 2, 99, 512])
+def test_a_clip_too_short_to_be_reflected(samples) -> None:
+    wave = jnp.ones(samples)
+    with pytest.raises(ValueError, match=rf'has {samples} samples: must have at least .* = 513 .* pad_mode="constant"'):
+        mel_spectrogram(wave)
+    assert mel_spectrogram(wave, pad_mode="constant").shape == (128, samples // 160 + 1)
+    with pytest.raises(ValueError, match="at least n_fft = 1024 with center=False"):
+        mel_spectrogram(wave, center=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_fft": 0}, "n_fft = 0: must be an integer from 1 up"),
+        ({"hop_length": 2.5}, "hop_length = 2.5: must be an integer"),
+        ({"win_length": 2000}, "win_length = 2000: must be at most n_fft = 1024"),
+        ({"n_mels": 0}, "n_mels = 0"),
+        ({"f_max": 9000.0}, "above half the sample rate, 8000.0 Hz"),
+        ({"f_min": 500.0, "f_max": 400.0}, "0 ≤ f_min < f_max"),
+        ({"power": 0.0}, "power = 0.0: must be a positive number"),
+        ({"pad_mode": "replicate"}, "pad_mode = 'replicate': must be one of 'reflect', 'constant'"),
+        ({"norm": "htk"}, "norm = 'htk': must be one of None, 'slaney'"),
+        ({"mel_scale": "bark"}, "mel_scale = 'bark': must be one of 'htk', 'slaney'"),
+    ],
+)
+def test_settings_that_are_refused(settings, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        mel_spectrogram(jnp.ones(2000), **settings)
+
+
+def test_waves_that_are_refused() -> None:
+    wave = np.ones((2, 2000), np.float32)
+    for bad in (np.nan, np.inf):
+        wave[1, 7] = bad
+        with pytest.raises(ValueError, match=r"wave holds NaN or Inf, first at \[1, 7\]"):
+            mel_spectrogram(jnp.asarray(wave))
+    assert jnp.isnan(jax.jit(mel_spectrogram)(jnp.asarray(wave))[1]).any()
+    for shape in ((0,), (2, 0), (1, 2, 2000), ()):
+        with pytest.raises(ValueError, match=r"wave has shape .*: must be \(N,\) or \(B, N\)"):
+            mel_spectrogram(jnp.ones(shape))
+    with pytest.raises(ValueError, match=r"dtype int16: must be floating.*32768"):
+        mel_spectrogram(jnp.ones(2000, jnp.int16))
+    with pytest.raises(ValueError, match="wave is a list, must be an array"):
+        mel_spectrogram([0.0] * 2000)
+    with pytest.raises(ValueError, match=r"floor = 0.0: must be from"):
+        log_mel(jnp.ones(3), floor=0.0)
+
+
+# Sound files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def soundfile():
+    return pytest.importorskip("soundfile")
+
+
+def tone(rate: int, hz: float = 440.0, seconds: float = 0.5) -> np.ndarray:
+    return 0.5 * np.sin(2.0 * np.pi * hz * np.arange(int(rate * seconds)) / rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype", "bits"),
+    [
+        ("a.wav", "PCM_U8", 7),
+        ("a.wav", "PCM_16", 15),
+        ("a.wav", "PCM_24", 23),
+        ("a.wav", "FLOAT", 24),
+        ("a.wav", "DOUBLE", 24),
+        ("a.flac", "PCM_16", 15),
+    ],
+)
+def test_formats_without_loss(soundfile, tmp_path, name, subtype, bits) -> None:
+    wave = tone(16000)
+    soundfile.write(tmp_path / name, wave, 16000, subtype=subtype)
+    loaded = load_audio(tmp_path / name)
+    assert loaded.dtype == jnp.float32
+    assert loaded.shape == wave.shape
+    assert float(np.abs(np.asarray(loaded) - wave).max()) <= 2.0**-bits
+
+
+def test_ogg(soundfile, tmp_path) -> None:
+    soundfile.write(tmp_path / "a.ogg", tone(16000), 16000)
+    loaded = np.asarray(load_audio(tmp_path / "a.ogg"))
+    assert np.corrcoef(loaded, tone(16000))[0, 1] > 0.99
+
+
+def test_channels_are_averaged(soundfile, tmp_path) -> None:
+    left, right = tone(16000), tone(16000, 1000.0)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right, 0 * left], axis=1), 16000, subtype="DOUBLE")
+    loaded = np.asarray(load_audio(tmp_path / "a.wav"))
+    assert np.array_equal(loaded, ((left + right + 0 * left) / 3.0).astype(np.float32))
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 16001])
+def test_other_rates_are_resampled(soundfile, tmp_path, rate) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(rate), rate, subtype="DOUBLE")
+    loaded = np.asarray(load_audio(tmp_path / "a.wav"))
+    assert loaded.size == -(-int(rate * 0.5) * 16000 // rate)
+    inner = slice(200, -200)
+    # Kaiser's ripple for β = 12: 118 dB.
+    assert np.abs(loaded - tone(16000, 440.0, 1.0)[: loaded.size])[inner].max() <= 10 ** (-110 / 20)
+
+
+def test_what_the_new_rate_cannot_hold_is_taken_out() -> None:
+    heard = resample(tone(48000, 7000.0), 48000, 16000)
+    silenced = resample(tone(48000, 9000.0), 48000, 16000)
+    inner = slice(200, -200)
+    assert np.abs(heard[inner]).max() > 0.499
+    assert np.abs(silenced[inner]).max() <= 10 ** (-100 / 20)
+    assert np.abs(resample(np.ones(2000), 44100, 16000)[200:-200] - 1.0).max() <= 64 * EPS64
+    wave = tone(16000)
+    assert np.array_equal(resample(wave, 16000, 16000), wave)
+    for bad in (0, 1.5):
+        with pytest.raises(ValueError, match="sample_rate = "):
+            resample(wave, 16000, bad)
+    assert resample(np.ones(1), 3, 7).shape == (3,)
+
+
+def test_files_that_are_refused(soundfile, tmp_path) -> None:
+    path = tmp_path / "a.wav"
+    with pytest.raises(ValueError, match="does not exist"):
+        load_audio(path)
+    with pytest.raises(ValueError, match="is a folder"):
+        load_audio(tmp_path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is empty \(0 bytes\)"):
+        load_audio(path)
+    for name in ("a.wav", "a.raw", "a.mp3"):
+        (tmp_path / name).write_bytes(b"not a sound file at all" * 10)
+        with pytest.raises(ValueError, match="cannot be read as sound"):
+            load_audio(tmp_path / name)
+    soundfile.write(path, np.zeros(0), 16000)
+    with pytest.raises(ValueError, match="holds no samples"):
+        load_audio(path)
+    soundfile.write(path, np.array([0.0, 0.5, np.nan]), 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match="holds nan at sample 2"):
+        load_audio(path)
+    soundfile.write(path, tone(16000), 16000)
+    with pytest.raises(ValueError, match="sample_rate = 0"):
+        load_audio(path, 0)
+
+
+def test_a_file_cut_off_is_read_as_far_as_it_goes(soundfile, tmp_path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(16000), 16000)
+    whole = np.asarray(load_audio(path))
+    path.write_bytes(path.read_bytes()[:4044])
+    assert np.array_equal(load_audio(path), whole[:2000])
+
+
+# The figure ----------------------------------------------------------------------------------------------------------
+
+
+def test_figure(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    mel = mel_spectrogram(jnp.asarray(tone(16000, 1000.0), jnp.float32))
+    figure = plot_mel(mel, 16000, 160, tmp_path / "a.png", title="a tone")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    axes, bar = figure.axes
+    assert "(s)" in axes.get_xlabel()
+    assert "(Hz)" in axes.get_ylabel()
+    assert "dB" in bar.get_ylabel()
+    image = axes.get_images()[0]
+    shown = np.asarray(image.get_array())
+    assert shown.max() == 0.0
+    assert shown.min() == -80.0
+    # The loudest band stands where the axis says 1,000 Hz.
+    ticks = {label.get_text(): place for label, place in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)}
+    assert abs(shown[:, 20].argmax() + 1 - ticks["1,000"]) <= 1.0
+    assert np.asarray(plot_mel(0.0 * mel, 16000, 160).axes[0].get_images()[0].get_array()).max() == -80.0
+    with pytest.raises(ValueError, match=r"must be \(n_mels, T\)"):
+        plot_mel(mel[None], 16000, 160)
+    with pytest.raises(ValueError, match="must be a power"):
+        plot_mel(log_mel(mel), 16000, 160)

@@ -1,0 +1,179 @@
+"""AudioEncoderTiny: the reference family's numbers, batches of unequal clips, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from omni_torch.audio_encoder import AudioEncoderTiny, CTCHead
+from omni_torch.checkpoint import CheckpointError, export_weights, load_weights
+
+GOLDEN_RELATIVE = 1e-12
+GOLDEN = Path(__file__).parent.parent / "golden" / "audio_x4.npz"
+SIZES = {"d": 12, "heads": 3, "ff": 20, "layers": 2, "dropout": 0.0}
+ULPS = 256  # sums of up to 64·9 terms and two blocks, in another order for another shape
+
+
+def make(factor: int = 4, dtype=torch.float64, **sizes) -> AudioEncoderTiny:
+    """Every parameter drawn afresh: a norm scale of 1 would hide its absence."""
+    model = AudioEncoderTiny(**SIZES | sizes, downsample_factor=factor).to(dtype)
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.from_numpy(rng.normal(size=parameter.shape) * 0.2))
+    return model.eval()
+
+
+def draw(B: int, T: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(1).normal(size=(B, T, 128))).to(dtype)
+
+
+def assert_near(actual, expected, bound: float = ULPS * np.finfo(np.float64).eps) -> None:
+    actual, expected = torch.as_tensor(actual).detach().numpy(), torch.as_tensor(expected).detach().numpy()
+    assert actual.dtype == np.float64
+    assert actual.shape == expected.shape
+    assert np.isfinite(actual).all()
+    assert np.abs(actual - expected).max() <= bound * np.abs(expected).max()
+
+
+@pytest.fixture
+def golden():
+    with np.load(GOLDEN) as file:
+        found = {name: file[name] for name in file.files}
+    cfg = json.loads(found["cfg"].tobytes())
+    names = {"d_model": "d", "n_heads": "heads", "d_ff": "ff", "n_layers": "layers"}
+    model = AudioEncoderTiny(**{names.get(key, key): value for key, value in cfg.items()})
+    state = {key[2:]: torch.from_numpy(value) for key, value in found.items() if key.startswith("w/")}
+    return load_weights(model, state).eval(), found
+
+
+def test_golden(golden) -> None:
+    model, found = golden
+    assert found["x/out"].dtype == np.float64
+    model, mel = model.double(), torch.from_numpy(found["x/mel"])
+    assert_near(model(mel), found["x/out"], GOLDEN_RELATIVE)
+    B, T, _ = mel.shape
+    out, lengths = model(mel, torch.full((B,), T))
+    assert_near(out, found["x/out"], GOLDEN_RELATIVE)
+    assert lengths.tolist() == [out.shape[1]] * B
+
+
+def test_the_bound_sees_a_slightly_wrong_model(golden) -> None:
+    model, found = golden
+    model = model.double()
+    for block in model.blocks:
+        block.norm1.eps = 1.001e-5
+    with pytest.raises(AssertionError):
+        assert_near(model(torch.from_numpy(found["x/mel"])), found["x/out"], GOLDEN_RELATIVE)
+
+
+def test_weights_come_back_as_they_went_in(golden) -> None:
+    model, found = golden
+    exported = export_weights(model)
+    assert set(exported) == {key[2:] for key in found if key.startswith("w/")}
+    for key, value in exported.items():
+        assert np.array_equal(value, found[f"w/{key}"]), key
+    state = {key[2:]: torch.from_numpy(value) for key, value in found.items() if key.startswith("w/")}
+    with pytest.raises(CheckpointError, match=r"down.net.2.weight has shape .*, and the model's"):
+        load_weights(model, state | {"down.net.2.weight": state["down.net.2.weight"][:, :32]})
+
+
+def test_keys_of_the_encoder_by_8() -> None:
+    shapes = {key: tuple(value.shape) for key, value in export_weights(make(8)).items()}
+    assert shapes["down.0.net.0.weight"] == (64, 1, 3, 3)
+    assert shapes["down.0.net.2.weight"] == shapes["down.1.weight"] == (64, 64, 3, 3)
+    assert shapes["down.1.bias"] == (64,)
+    assert shapes["proj.weight"] == (12, 64 * 16)
+    assert not any(key.startswith("down.net") for key in shapes)
+    head = CTCHead(12, 7)
+    assert {key: tuple(value.shape) for key, value in export_weights(head).items()} == {"weight": (7, 12), "bias": (7,)}
+
+
+@pytest.mark.parametrize("factor", [4, 8])
+def test_a_clip_in_a_batch_is_as_it_is_alone(factor) -> None:
+    model = make(factor)
+    T = 37
+    lengths = np.array([37, 36, 17, 8, 1])
+    mel = draw(len(lengths), T)
+    for row, length in zip(mel, lengths.tolist(), strict=True):
+        row[length:] = torch.nan  # whatever lies in the padding
+    out, kept = model(mel, torch.from_numpy(lengths))
+    assert out.shape == (len(lengths), -(-T // factor), 12)
+    assert kept.tolist() == [-(-length // factor) for length in lengths.tolist()]
+    for i, length in enumerate(lengths.tolist()):
+        assert_near(out[i, : kept[i]], model(mel[i : i + 1, :length])[0])
+        assert not out[i, kept[i] :].any()
+
+
+def test_without_lengths_the_padding_is_heard() -> None:
+    """The test above would see a mask that does nothing."""
+    model = make()
+    mel = draw(1, 20)
+    mel[:, 10:] = 0.0
+    alone = model(mel[:, :10])
+    assert float((model(mel)[:, : alone.shape[1]] - alone).detach().abs().max()) > 1e-3
+
+
+def test_every_parameter_has_a_gradient_and_the_padding_none() -> None:
+    model = make(8)
+    mel = draw(2, 24)
+    mel[1, 9:] = torch.nan
+    mel.requires_grad_()
+    model(mel, torch.tensor([24, 9]))[0].sin().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    of_mel = mel.grad
+    assert not of_mel[1, 9:].any()
+    assert of_mel[1, :9].any()
+
+
+def test_dropout_is_on_in_training_only() -> None:
+    model = make(dtype=torch.float32, dropout=0.5)
+    mel = draw(1, 16, torch.float32)
+    assert torch.equal(model(mel), model(mel))
+    model.train()
+    first, second = model(mel), model(mel)
+    assert first.isfinite().all()
+    assert not torch.equal(first, second)
+
+
+def test_the_parameters_decide_the_dtype() -> None:
+    model = make(dtype=torch.bfloat16)
+    assert model(draw(1, 9, torch.float32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"d": 0}, "d = 0: must be an integer from 1 up"),
+        ({"heads": 5}, "heads = 5: must divide d = 12"),
+        ({"layers": 1.0}, "layers = 1.0"),
+        ({"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
+        ({"downsample_factor": 2}, "downsample_factor = 2: must be 4 or 8"),
+    ],
+)
+def test_sizes_that_are_refused(sizes, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        AudioEncoderTiny(**SIZES | sizes)
+    with pytest.raises(ValueError, match="vocab_size = 0"):
+        CTCHead(12, 0)
+
+
+def test_input_that_is_refused() -> None:
+    model, mel = make(dtype=torch.float32), draw(2, 8, torch.float32)
+    for bad in (mel[0], mel[:, :, :80], mel[:, :0], mel.transpose(1, 2)):
+        with pytest.raises(ValueError, match=r"mel has shape .*: must be \(B, T, 128\)"):
+            model(bad)
+    with pytest.raises(ValueError, match="mel has dtype int32: must be floating"):
+        model(mel.int())
+    for lengths in ([8], [[8, 8]], [8.0, 8.0]):
+        with pytest.raises(ValueError, match=r"lengths have shape .*: must be integers of shape \(2,\)"):
+            model(mel, torch.tensor(lengths))
+    for length in (0, 9, -1):
+        with pytest.raises(ValueError, match=rf"lengths\[1\] = {length}: must be from 1 to the 8 frames"):
+            model(mel, torch.tensor([8, length]))
