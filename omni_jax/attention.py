@@ -91,16 +91,21 @@ def attend(
     q_BKGTd = jnp.transpose(jnp.reshape(q_BTHd, (B, T, K, H // K, d)), (0, 2, 3, 1, 4))
     k_BKSd, v_BKSd = jnp.swapaxes(k_BSKd, 1, 2), jnp.swapaxes(v_BSKd, 1, 2)
     scores = jnp.einsum("bkgtd,bksd->bkgts", q_BKGTd, k_BKSd, preferred_element_type=wide) * (1.0 / math.sqrt(d))
-    scores = jnp.where(mask_BTS[:, None, None], scores, -math.inf)
-    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    # A row of nothing but −inf: shifting it by 0 and dividing by 1 leaves zeros, where −inf − (−inf) would leave NaN.
-    unnormalised = jnp.exp(scores - jnp.where(top == -math.inf, 0.0, top))
-    total = jnp.sum(unnormalised, axis=-1, keepdims=True)
-    p_BKGTS = (unnormalised / jnp.where(total == 0.0, 1.0, total)).astype(v_BSKd.dtype)
+    p_BKGTS = _softmax(scores, mask_BTS[:, None, None]).astype(v_BSKd.dtype)
     if dropout is not None:
         p_BKGTS = dropout(p_BKGTS)
     y_BKGTd = jnp.einsum("bkgts,bksd->bkgtd", p_BKGTS, v_BKSd, preferred_element_type=wide).astype(v_BSKd.dtype)
     return jnp.reshape(jnp.transpose(y_BKGTd, (0, 3, 1, 2, 4)), (B, T, H, d))
+
+
+def _softmax(scores: Array, seen: Array) -> Array:
+    """Softmax over the last axis of what may be seen; zeros, forward and gradient, where that is nothing."""
+    scores = jnp.where(seen, scores, -math.inf)
+    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    # A row of nothing but −inf: shifting it by 0 and dividing by 1 leaves zeros, where −inf − (−inf) would leave NaN.
+    unnormalised = jnp.exp(scores - jnp.where(top == -math.inf, 0.0, top))
+    total = jnp.sum(unnormalised, axis=-1, keepdims=True)
+    return unnormalised / jnp.where(total == 0.0, 1.0, total)
 
 
 def _attend_causal(
@@ -134,18 +139,14 @@ def _attend_one(
 ) -> Float[Array, "B 1 H d"]:
     """`attend` for a single query, as products and sums that XLA fuses: einsum would turn the whole cache round first.
 
-    On a CPU twice as fast where a key/value head has several queries, and much slower where it has one.
+    On a CPU faster where a key/value head has several queries, and much slower where it has one.
     """
     B, _, H, d = q_BTHd.shape
     S, K = k_BSKd.shape[1:3]
     wide = statistics_dtype(q_BTHd.dtype)
     q_B1KGd = jnp.reshape(q_BTHd, (B, 1, K, H // K, d)).astype(wide)
     scores = jnp.sum(q_B1KGd * k_BSKd[:, :, :, None].astype(wide), axis=-1) * (1.0 / math.sqrt(d))
-    scores = jnp.where(mask_BTS, jnp.swapaxes(jnp.reshape(scores, (B, S, H)), 1, 2), -math.inf)
-    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    unnormalised = jnp.exp(scores - jnp.where(top == -math.inf, 0.0, top))
-    total = jnp.sum(unnormalised, axis=-1, keepdims=True)
-    p_BHS = (unnormalised / jnp.where(total == 0.0, 1.0, total)).astype(v_BSKd.dtype)
+    p_BHS = _softmax(jnp.swapaxes(jnp.reshape(scores, (B, S, H)), 1, 2), mask_BTS).astype(v_BSKd.dtype)
     if dropout is not None:
         p_BHS = dropout(p_BHS)
     p_BSKG1 = jnp.reshape(jnp.swapaxes(p_BHS, 1, 2), (B, S, K, H // K, 1)).astype(wide)

@@ -122,7 +122,7 @@ def _mel(
 ) -> Float[Array, "B M T"]:
     """Jitted here, so that outside jit too the steps are fused; pad_mode None: no padding.
 
-    In blocks of frames that stay in a CPU's cache: three times as fast as all at once, and ten minutes need no more
+    In blocks of frames that stay in a CPU's cache: faster than all at once, and ten minutes need no more
     memory for what lies between wave and bands than a few seconds.
     """
     B = wave_BN.shape[0]

@@ -138,7 +138,7 @@ def generate(
         row[time - len(prompt) :] = prompt
     starts_P = np.array([time - len(prompt) for prompt in prompts], np.int32)
     given = None if uniforms_BN is None or plan.greedy else np.pad(uniforms_BN, ((0, 0), (0, room - limit)))
-    # As a tree: nnx.split, and hashing its graphdef at every call of a program, would cost ten times as much.
+    # As a tree: nnx.split, and hashing its graphdef at every call of a program, would cost many times as much.
     weights, structure = jax.tree.flatten(model)
     begin = partial(_prefill, structure, weights, tokens_PT, starts_P, given, np.uint32(seed), settings, plan)
     go_on = partial(_decode, structure, weights)

@@ -111,7 +111,7 @@ def _penalise(logits_BV: Array, seen_BV: Array, penalty: Any) -> Array:
 
 
 def _likeliest(logits_BV: Array) -> Array:
-    """The lowest id of the largest logit; three times as fast on a CPU as argmax, which carries pairs along."""
+    """The lowest id of the largest logit; faster on a CPU than argmax, which carries pairs along."""
     V = logits_BV.shape[1]
     ids_BV = lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
     largest_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
@@ -180,7 +180,7 @@ def _ordered_bits(x: Array) -> Array:
 
 @jax.jit
 def _draw(p_BV: Array, uniforms_B: Array) -> Array:
-    # In two steps, a block of ids and then the id: a cumulative sum over all of V takes ten times as long on a CPU.
+    # In two steps, a block of ids and then the id: a cumulative sum over all of V takes much longer on a CPU.
     B, V = p_BV.shape
     p_BNW = jnp.reshape(jnp.pad(p_BV, ((0, 0), (0, -V % _BLOCK))), (B, -1, _BLOCK))
     block_BN = jnp.sum(p_BNW, axis=-1)

@@ -271,7 +271,7 @@ def _for_decoding(model: Any, limit: int) -> Any:
     """The model in evaluation mode, as a copy of its modules that shares the weights: the model stays as it is.
 
     When enough tokens follow to pay for it, the copy's linear layers hold their weights as (in, out) in memory: with
-    one row on a CPU, a product with nn.Linear's (out, in) takes up to three times as long.
+    one row on a CPU, a product with nn.Linear's (out, in) takes much longer.
     """
     if _is_compiled(model):
         return model

@@ -117,7 +117,7 @@ def compiler_options(hasty: bool, precision: str, device: Any) -> dict[str, Any]
     """float32 is compiled as users compile it, unless haste is asked for.
 
     The float64 question is about meaning, and bfloat16 on a CPU is nobody's target: there LLVM's optimiser and XLA's
-    newer emitters are off, which takes a sixth of the time. In bfloat16 every rounding that the program writes is made
+    newer emitters are off, and compiling is much quicker. In bfloat16 every rounding that the program writes is made
     (XLA may otherwise keep a wider intermediate): what the noise model assumes.
     """
     if device.platform != "cpu" or not hasty:

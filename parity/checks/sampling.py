@@ -49,7 +49,7 @@ CLAIM = (
 BLIND = (
     "Deviations of a distribution below those printed (`smallest seen`); dependence between two draws; a kept set or "
     "an id whose boundary lies within the noise, where another choice is as right (counted in the evidence); "
-    "vocabularies beyond {size} tokens; JAX is compiled in haste."
+    "vocabularies beyond {size} tokens."
 )
 CONTROLS = {
     "zeros": "zeros in place of the probabilities",
@@ -283,86 +283,6 @@ def _truth(seed: int, precision: str, draws: int) -> Truth:
 # ------------------------------------------------------------------------------------------------ the sides
 
 
-class _Haste:
-    """Calls of JAX functions, compiled without LLVM's optimiser: most of their time would go there.
-
-    The function is traced as its users call it; numbers that it was called with become arguments of the program, so
-    that one program serves all settings.
-    """
-
-    def __init__(self, device: Any):
-        self.device, self.programs = device, {}
-
-    def __call__(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        import jax
-
-        from parity.noise import inside
-        from parity.primitives import bind_equation
-        from parity.sides import compiled, compiler_options
-
-        closed = jax.make_jaxpr(fn)(*arrays)
-        jaxpr = closed.jaxpr
-        at: dict[Any, int] = {}
-        shape = []
-        for eqn in jaxpr.eqns:
-            inner = inside(eqn)
-            params = str(eqn.params) if inner is None else f"{id(inner[0])} {inner[1]}"
-            wires = tuple(None if hasattr(v, "val") else at.setdefault(v, len(at)) for v in eqn.invars)
-            shape.append((eqn.primitive.name, wires, tuple(at.setdefault(v, len(at)) for v in eqn.outvars), params))
-        kinds = tuple((tuple(x.shape), str(x.dtype)) for x in arrays)
-        key = (kinds, tuple(at.get(v) for v in (*jaxpr.invars, *jaxpr.outvars)), tuple(shape))
-        numbers = [np.asarray(v.val, v.aval.dtype) for eqn in jaxpr.eqns for v in eqn.invars if hasattr(v, "val")]
-        if key not in self.programs:
-
-            def run(arrays: Any, consts: Any, numbers: Any) -> Any:
-                left = iter(numbers)
-                env = dict(zip(jaxpr.invars, arrays)) | dict(zip(jaxpr.constvars, consts))
-                for eqn in jaxpr.eqns:
-                    inputs = [next(left) if hasattr(v, "val") else env[v] for v in eqn.invars]
-                    env.update(zip(eqn.outvars, bind_equation(eqn, eqn.params, inputs)))
-                return [v.val if hasattr(v, "val") else env[v] for v in jaxpr.outvars]
-
-            precision = "float64" if any(x.dtype == np.float64 for x in arrays) else "float32"
-            lowered = jax.jit(run).lower(arrays, closed.consts, numbers)
-            # The jaxpr is kept beside its program, so that the ids in the key stay its own.
-            self.programs[key] = compiled(lowered, compiler_options(True, precision, self.device)), closed
-        (out,) = self.programs[key][0](arrays, closed.consts, numbers)
-        return out
-
-
-@contextlib.contextmanager
-def _generation_in_haste(device: Any) -> Iterator[None]:
-    """Inside, the programs of omni_jax.generate are compiled without LLVM's optimiser."""
-    import jax
-
-    from omni_jax import generation
-    from parity.sides import compiled, compiler_options
-
-    programs: dict[Any, Any] = {}
-
-    def hasty(name: str, real: Any) -> Callable[..., Any]:
-        def call(structure: Any, weights: Any, *args: Any) -> Any:
-            *arrays, plan = args
-            shapes = tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in jax.tree.leaves((weights, arrays)))
-            key = (structure, plan, shapes, jax.tree.structure(arrays))
-            if key not in programs:
-                lowered = real.lower(structure, weights, *args)
-                programs[key] = compiled(lowered, compiler_options(True, "float32", device))
-            return programs[key](weights, *arrays)
-
-        return call
-
-    found = {name: getattr(generation, name) for name in ("_prefill", "_decode") if hasattr(generation, name)}
-    try:
-        for name, real in found.items():
-            setattr(generation, name, hasty(name, real))
-        with jax.default_device(device):
-            yield
-    finally:
-        for name, real in found.items():
-            setattr(generation, name, real)
-
-
 @dataclass(frozen=True)
 class Side:
     """One twin's functions over numpy arrays."""
@@ -387,7 +307,6 @@ def _jax_side(device: Any) -> Side:
     from parity.precision import precision as format_of
 
     cpu = jax.devices("cpu")[0]
-    haste = {True: _Haste(cpu), False: _Haste(device)}
 
     def place(precision: str) -> Any:
         stack = contextlib.ExitStack()
@@ -396,22 +315,16 @@ def _jax_side(device: Any) -> Side:
         return stack
 
     def probabilities(logits, seen, setting, precision):
-        # The library is asked anew at every call: a test may have put a bug there.
-        def settled(x):
-            return sampling.truncated_probabilities(x, setting.temperature, setting.top_k, setting.top_p)
-
-        def penalised(x, seen):
-            return sampling.apply_repetition_penalty(x, seen, setting.penalty)
-
-        run, x = haste[precision == "float64"], logits.astype(format_of(precision).numpy)
+        # As users call them, and asked anew at every call: a test may have put a bug there.
+        x = logits.astype(format_of(precision).numpy)
         with place(precision):
             if setting.penalty != 1.0:
-                x = np.asarray(run(penalised, x, seen))
-            return np.asarray(run(settled, x))
+                x = sampling.apply_repetition_penalty(x, seen, setting.penalty)
+            return np.asarray(sampling.truncated_probabilities(x, setting.temperature, setting.top_k, setting.top_p))
 
     def draw(p, uniforms, precision):
         with place(precision):
-            return np.asarray(haste[precision == "float64"](lambda p, u: sampling.sample(p, u), p, uniforms))
+            return np.asarray(sampling.sample(p, uniforms))
 
     return Side("jax", probabilities, draw)
 
@@ -447,6 +360,15 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
 
     started = time.perf_counter()
     result = CheckResult("sampling")
+    with _in_haste(scope):
+        _look(scope, progress, result)
+    order = list(CONTROLS)
+    result.controls = sorted(merge(result.controls), key=lambda c: order.index(c.name))
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _look(scope: Scope, progress: Progress, result: CheckResult) -> None:
     both = sides(scope)
     precisions = [p for p in PRECISIONS if p in scope.precisions]
     for done, precision in enumerate(precisions):
@@ -459,11 +381,20 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
         _generated(scope, result)
     if not precisions:
         result.error = f"sampling looks at {', '.join(PRECISIONS)} only; ask for one of them with --precision"
-    order = list(CONTROLS)
-    result.controls = sorted(merge(result.controls), key=lambda c: order.index(c.name))
-    result.seconds = time.perf_counter() - started
     progress(1, 1, "")
-    return result
+
+
+@contextlib.contextmanager
+def _in_haste(scope: Scope) -> Iterator[None]:
+    """On a CPU, the many small programs are compiled without XLA's dearer passes: most of a first run was that."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before or scope.device == "cpu")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _computed_in(precision: str) -> tuple[str, Any, float]:
@@ -634,12 +565,14 @@ def _models(seed: int) -> tuple[Any, Any]:
 
 def _generated(scope: Scope, result: CheckResult) -> None:
     """generate() with shared uniforms; then with each twin's own generator."""
+    import jax
+
     from parity.precision import resolve_device
 
     devices = resolve_device(scope.device)
     model, module = _models(scope.seed)
     module = module.to(devices[1])
-    with _generation_in_haste(devices[0]):
+    with jax.default_device(devices[0]):
         _shared(scope, model, module, result)
         _own(scope, model, module, result)
     module.to("cpu")

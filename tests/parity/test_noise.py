@@ -160,11 +160,11 @@ def test_sigma_scales_with_the_unit_roundoff(monkeypatch):
     wide, narrow = (measure_noise(fn, args, p) for p in ("float64", "float32"))
     np.testing.assert_array_equal(wide.reference[0], narrow.reference[0])
     assert np.allclose(wide.sigma[0], narrow.sigma[0], rtol=THREE_DIGITS, atol=0)
-    assert wide.noise[0].dof == pytest.approx(narrow.noise[0].dof, rel=1e-3)
+    assert wide.noise[0].dof == pytest.approx(narrow.noise[0].dof, rel=THREE_DIGITS)
     for amplitude in (2.0**-38, 2.0**-16):
         monkeypatch.setattr(noise, "AMPLITUDE", amplitude)
         other = measure_noise(fn, args, "float32")
-        assert rms(other.sigma[0]) == pytest.approx(rms(narrow.sigma[0]), rel=1e-3)
+        assert rms(other.sigma[0]) == pytest.approx(rms(narrow.sigma[0]), rel=THREE_DIGITS)
 
 
 def test_only_a_program_in_one_precision_shares_its_draws():
