@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from parity import checks
+from parity import cache, checks
 from parity.errors import CannotLook, Misuse
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def run(
         json_report.check_writable(json_file)
     if figures is not None:
         _make_folder(figures)
+    cache.keep_arrays()
     with _progress(len(set(only_names)) or len(checks.CHECKS)) as progress:
         result = runner.run(scope, only_names, progress, matmul=matmul)
     from parity.report import console as console_report

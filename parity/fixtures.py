@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from parity.cache import kept_arrays
 from parity.errors import Misuse
 from parity.pair import Pair, pair_of
 
@@ -68,6 +69,13 @@ class Twins:
     calls: Pair
     """(tokens, attention_mask, far) -> logits at T = 1, at default positions, from embeddings at far positions; and
     the embeddings themselves."""
+
+    @functools.cached_property
+    def forward(self) -> Any:
+        """A Tracer of the forward pass alone."""
+        from parity.noise import Tracer
+
+        return Tracer(self.pair.jax)
 
 
 def configuration(name: str) -> Any:
@@ -249,6 +257,16 @@ def loud_weights(config: Any, weights: Mapping[str, np.ndarray]) -> dict[str, np
 def _trained(name: str, seed: int) -> dict[str, np.ndarray]:
     import torch
 
+    import omni_torch
+
+    sources = [*sorted(Path(omni_torch.__file__).parent.glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    return kept_arrays(f"trained-{name}", f"{seed} {torch.__version__} {text}", lambda: _train(name, seed))
+
+
+def _train(name: str, seed: int) -> dict[str, np.ndarray]:
+    import torch
+
     from omni_torch.init import default_init_
     from omni_torch.losses import cross_entropy
     from omni_torch.optim import adamw_step_many_, clip_grad_norm_, init_adamw_state, warmup_cosine
@@ -354,17 +372,16 @@ def clear_experts(tw: Twins, weights: Mapping[str, np.ndarray], precision: str) 
     """A `clear` for `stress_batch`: which rows have no expert choice within the noise of `precision`."""
     if not tw.config.use_moe:
         return None
-    from parity.noise import Tracer, measure_program
+    from parity.noise import measure_program
     from parity.precision import precision as format_of
     from parity.precision import unit_roundoff
 
-    tracer = Tracer(tw.pair.jax)
     dtype = format_of(precision).numpy
     params = tw.pair.jax_params({k: v.astype(dtype) for k, v in weights.items()})
 
     def clear(batch):
         args = (params, *batch)
-        model = measure_program(tracer.program(args, precision), args, draws=6, kappa=False)
+        model = measure_program(tw.forward.program(args, precision), args, draws=6, kappa=False)
         rows = np.ones(SHAPE[0], bool)
         for choice in model.choices:
             # Twice the noise, because it is estimated from few draws here.

@@ -8,23 +8,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import hashlib
 import logging
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from parity import checks
+from parity import cache, checks
 from parity.checks import Scope
 from parity.errors import CannotLook, Misuse
 from parity.precision import DEVICES, MATMULS, PRECISIONS, device_names, manifest, one_of, settings
 from parity.result import CheckResult, RunResult
 
-__all__ = ["RunProgress", "cache_folder", "debugging", "prepare", "run", "validate"]
+__all__ = ["RunProgress", "debugging", "prepare", "run", "validate"]
 
 RunProgress = Callable[[str, int, int, str], None]
 """progress(check, done, total, label): called when a check starts (0 of 0) and after each unit of its work."""
@@ -256,39 +253,12 @@ def prepare() -> None:
         import jax
     except ImportError:
         return
-    folder = cache_folder()
+    folder = cache.cache_folder()
     if folder is None or jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def cache_folder() -> Path | None:
-    """Where compiled code is kept: PARITY_CACHE (empty: nowhere), else the user's cache folder; None if unwritable.
-
-    One folder per kind of processor: code compiled for one may not run on another that shares the home folder.
-    """
-    named = os.environ.get("PARITY_CACHE")
-    if named == "":
-        return None
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omni-parity" / "jax"
-        folder = (Path(named) if named else base) / _processor()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-def _processor() -> str:
-    features = platform.processor()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            features = next((line for line in lines if line.startswith(("flags", "Features"))), features)
-    except OSError:
-        pass
-    return f"{sys.platform}-{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 # --- what the result says of itself ----------------------------------------------------------------------------------

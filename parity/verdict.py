@@ -227,24 +227,32 @@ def _quantile(level: float, independent: int, groups: int, dof: float) -> float:
 def measure(difference: np.ndarray, sigma: np.ndarray, dof: float, limits: Thresholds = THRESHOLDS) -> Distance:
     """Look at `difference` (already of finite elements or NaN where they disagree) in units of `sigma`."""
     difference, sigma = np.asarray(difference, np.float64), np.asarray(sigma, np.float64)
-    # Where there is no unit there is no measure: only equality passes.
-    bad = ~np.isfinite(difference) | (~np.isfinite(sigma) & (difference != 0))
-    live = (sigma > 0) & ~bad
-    broken = int(np.sum((sigma == 0) & ~bad & (difference != 0)))
-    z = np.zeros(difference.shape)
-    with np.errstate(over="ignore"):  # infinitely far apart is an answer
-        np.divide(difference, sigma, out=z, where=live)
-        squares = np.square(z)
+    live = sigma > 0
+    whole = bool(live.all() and np.isfinite(difference).all() and np.isfinite(sigma).all())
+    if whole:
+        bad, broken = np.zeros((), bool), 0
+        with np.errstate(over="ignore"):  # infinitely far apart is an answer
+            z = difference / sigma
+            squares = np.square(z)
+    else:
+        # Where there is no unit there is no measure: only equality passes.
+        bad = ~np.isfinite(difference) | (~np.isfinite(sigma) & (difference != 0))
+        live &= ~bad
+        broken = int(np.sum((sigma == 0) & ~bad & (difference != 0)))
+        z = np.zeros(difference.shape)
+        with np.errstate(over="ignore"):
+            np.divide(difference, sigma, out=z, where=live)
+            squares = np.square(z)
     count = int(live.sum())
     rms = math.sqrt(float(squares.sum()) / count) if count else 0.0
-    peak = float(np.abs(z).max()) if count else 0.0
+    peak = max(float(z.max()), -float(z.min())) if count else 0.0
     looks = {"tensor": (rms, threshold(max(count, 1), 1, dof, limits))}
     line = 0.0
     if z.ndim >= 1 and count > 1:
         looks["element"] = (peak, threshold(1, count, dof, limits))
         matrix, lives = _as_matrix(squares), _as_matrix(live)
         for axis, name in ((1, "row"), (0, "column")):
-            sizes = lives.sum(axis)
+            sizes = np.full(lives.shape[1 - axis], lives.shape[axis]) if whole else lives.sum(axis)
             if lives.shape[axis] < 2 or not sizes.any():
                 continue
             means = np.sqrt(matrix.sum(axis) / np.maximum(sizes, 1))
@@ -266,6 +274,8 @@ def subtract(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         raise ValueError(f"shapes {left.shape} and {right.shape} differ; what is compared must not be broadcast")
     with np.errstate(invalid="ignore", over="ignore"):
         difference = left - right
+    if np.isfinite(difference).all():
+        return difference
     same = (left == right) | (np.isnan(left) & np.isnan(right))
     return np.where(same, 0.0, np.where(np.isfinite(left) & np.isfinite(right), difference, np.nan))
 

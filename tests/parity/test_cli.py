@@ -472,22 +472,6 @@ def test_doctor(parity, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- surroundings ----------------------------------------------------------------------------------------------------
 
 
-def test_compiled_code_is_kept_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARITY_CACHE", str(tmp_path / "named"))
-    folder = runner.cache_folder()
-    assert folder is not None
-    assert folder.parent == tmp_path / "named"
-    assert folder.is_dir()
-    monkeypatch.delenv("PARITY_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert runner.cache_folder() == tmp_path / "xdg" / "omni-parity" / "jax" / folder.name
-    monkeypatch.setenv("PARITY_CACHE", "")
-    assert runner.cache_folder() is None
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("PARITY_CACHE", str(tmp_path / "file" / "below"))
-    assert runner.cache_folder() is None, "an unwritable cache is no cache, not an error"
-
-
 def test_a_process_gets_the_cache_and_keeps_one_that_it_has(tmp_path: Path) -> None:
     script = (
         "import sys, jax\n"
