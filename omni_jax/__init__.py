@@ -93,6 +93,13 @@ from .data import (
     token_batch,
     token_stream,
 )
+from .fusion import (
+    Fused,
+    OmniLM,
+    fuse,
+    fuse_chunks,
+    split_frozen,
+)
 from .generation import (
     Generation,
     generate,
@@ -126,6 +133,11 @@ from .layers import (
 from .losses import (
     cross_entropy,
     next_token_loss,
+)
+from .omni_config import (
+    AudioConfig,
+    OmniConfig,
+    VisionConfig,
 )
 from .optim import (
     AdamWState,
@@ -225,6 +237,14 @@ __all__ = [
     "unpatchify",
     "resize_positions",
     "ViTTiny",
+    "AudioConfig",
+    "VisionConfig",
+    "OmniConfig",
+    "Fused",
+    "fuse",
+    "fuse_chunks",
+    "OmniLM",
+    "split_frozen",
     "apply_repetition_penalty",
     "truncated_probabilities",
     "sample",

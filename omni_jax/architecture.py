@@ -19,10 +19,12 @@ from .checkpoint import Checkpoint, check_thinker, load_checkpoint
 from .checkpoint_folder import find_checkpoint
 from .config import ThinkerConfig, read_config
 from .files import open_regular_file
+from .foreign_names import export_name, whole_weights
+from .omni_config import OmniConfig
 from .pt_archive import CheckpointError
 from .state_tree import count_not_finite, dtype_name
 
-__all__ = ["Architecture", "infer_config", "find_config", "read_model", "read_given", "shape_facts"]
+__all__ = ["Architecture", "infer_config", "find_config", "read_model", "read_omni", "read_given", "shape_facts"]
 
 _BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(.*)")
 _EXPERT = re.compile(r"moe\.experts\.(0|[1-9][0-9]{0,5})\..*")
@@ -131,22 +133,108 @@ def read_model(
         if config is None and checkpoint.model:
             config = find_config(file)
         found = infer_config(checkpoint, n_heads=n_heads, config=config)
-        dtypes = sorted({dtype_name(value) for value in checkpoint.model.values()})
-        if len(dtypes) > 1 or dtypes[0] not in _FLOATS:
-            raise CheckpointError(
-                f"its weights have the dtypes {', '.join(dtypes)}: must be one of {', '.join(_FLOATS)}; convert them"
-            )
-        bad = {key: count for key, value in checkpoint.model.items() if (count := count_not_finite(value))}
-        if bad:
-            shown = ", ".join(f"{count} in {key}" for key, count in list(bad.items())[:4])
-            raise CheckpointError(
-                f"its weights hold values that are NaN or Inf ({shown}{', ...' if len(bad) > 4 else ''}); take an "
-                "earlier checkpoint, from before they went bad"
-            )
+        return checkpoint, found, _one_dtype(checkpoint.model)
     except ValueError as bad:
         kind = CheckpointError if isinstance(bad, CheckpointError) else ValueError
         raise kind(f"checkpoint {str(file)!r}: {bad}") from None
-    return checkpoint, found, dtypes[0]
+
+
+def read_omni(
+    path: str | os.PathLike[str],
+    config: OmniConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    audio: str | os.PathLike[str] | None = None,
+    vision: str | os.PathLike[str] | None = None,
+) -> tuple[dict[str, Any], OmniConfig, str]:
+    """The weights of an OmniLM by its keys, its config, and the one floating-point dtype of its weights, by name.
+
+    The config is the one given, or lies beside the checkpoint: shapes do not tell the encoders' heads. Parts that it
+    has no section for are left out.
+
+    Args:
+        audio, vision: files (or folders) of the encoders, {enc, ...} and {vit, ...}, taken instead of those in `path`.
+
+    Raises:
+        CheckpointError: as load_checkpoint; a part that the config asks for is in none of the files; weights of several
+            dtypes, or of integers, or with NaN or Inf.
+        ValueError: no config, one that cannot be read or is not that of the checkpoint; a file for an encoder that it
+            has no section for.
+    """
+    file = find_checkpoint(path)
+    checkpoint = load_checkpoint(file)
+    try:
+        check_thinker(checkpoint)
+        found = _omni_config(find_config(file) if config is None else config)
+        infer_config(checkpoint, config=found.thinker)
+        weights: dict[str, Any] = {}
+        wanted = {"thinker"}
+        for name, section, given in (("audio", found.audio, audio), ("vision", found.vision, vision)):
+            encoder, projection = f"{name}_encoder", f"proj_{name[0]}"
+            if section is None and given is not None:
+                raise ValueError(f"{name} = {os.fspath(given)!r}, and the config has no section {name!r}: add it")
+            if section is None:
+                continue
+            parts = {export_name(part): held for part, held in checkpoint.parts.items()}
+            wanted |= {encoder, projection}
+            if given is not None:
+                parts |= {encoder: _encoder(given, encoder)}
+                weights |= {f"{encoder}.{key}": value for key, value in parts[encoder].items()}
+                wanted.remove(encoder)
+            lacking = [part for part in (encoder, projection) if part not in parts]
+            if lacking:
+                raise CheckpointError(
+                    f"it holds no {' and no '.join(lacking)}, and the config has a section {name!r}; give {name}= the "
+                    f"encoder's checkpoint if it is a file of its own, or a config without {name!r}"
+                )
+        weights |= whole_weights(checkpoint, wanted).model
+        return weights, found, _one_dtype(weights)
+    except ValueError as bad:
+        kind = CheckpointError if isinstance(bad, CheckpointError) else ValueError
+        raise kind(f"checkpoint {str(file)!r}: {bad}") from None
+
+
+def _encoder(path: str | os.PathLike[str], name: str) -> Mapping[str, Any]:
+    """The weights of an encoder in a file of its own."""
+    held = load_checkpoint(path)
+    parts = {export_name(part): weights for part, weights in held.parts.items()}
+    if name not in parts:
+        shown = ", ".join(held.parts) or "no parts"
+        raise CheckpointError(f"{os.fspath(path)!r} holds no {name} (it holds {shown}); give the encoder's checkpoint")
+    return parts[name]
+
+
+def _omni_config(config: Any) -> OmniConfig:
+    if config is None:
+        raise ValueError(
+            "no config file lies beside it, and shapes do not tell the heads of its encoders; give config= (--config "
+            'FILE) with {"thinker": {...}, "audio": {...}, "vision": {...}}'
+        )
+    if isinstance(config, OmniConfig):
+        return config
+    if isinstance(config, Mapping):
+        return OmniConfig.from_dict(config)
+    if not isinstance(config, str | os.PathLike):
+        raise ValueError(f"config is a {type(config).__name__}: must be an OmniConfig, a dict, or the path of a file")
+    mapping = _read_object(Path(config))
+    if isinstance(mapping, dict) and isinstance(mapping.get("config"), dict) and "thinker" not in mapping:
+        return OmniConfig.from_dict(mapping["config"])
+    return OmniConfig.from_json(Path(config))
+
+
+def _one_dtype(weights: Mapping[str, Any]) -> str:
+    """The dtype that all of them have, once they are sound."""
+    dtypes = sorted({dtype_name(value) for value in weights.values()})
+    if len(dtypes) > 1 or dtypes[0] not in _FLOATS:
+        raise CheckpointError(
+            f"its weights have the dtypes {', '.join(dtypes)}: must be one of {', '.join(_FLOATS)}; convert them"
+        )
+    bad = {key: count for key, value in weights.items() if (count := count_not_finite(value))}
+    if bad:
+        shown = ", ".join(f"{count} in {key}" for key, count in list(bad.items())[:4])
+        raise CheckpointError(
+            f"its weights hold values that are NaN or Inf ({shown}{', ...' if len(bad) > 4 else ''}); take an "
+            "earlier checkpoint, from before they went bad"
+        )
+    return dtypes[0]
 
 
 def shape_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

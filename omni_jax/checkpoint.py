@@ -21,7 +21,7 @@ from jaxtyping import Shaped
 
 from .checkpoint_folder import checked_path, find_checkpoint
 from .files import open_regular_file, write_atomic
-from .foreign_names import MAIN_PARTS, STATES, Named, named_file, named_weights, type_name
+from .foreign_names import MAIN_PARTS, STATES, Named, named_file, named_weights, type_name, whole_weights
 from .pt_archive import CheckpointError
 from .pt_format import read_pt, write_pt
 from .safetensors_format import read_safetensors, write_safetensors
@@ -154,7 +154,7 @@ def save_checkpoint(
     torch.load(path, weights_only=True) reads. Both carry a SHA-256 of all values, which load_checkpoint verifies.
 
     Args:
-        model: a module, or weights by torch key; may be an empty dict where there are `parts`.
+        model: a module, or weights by torch key; may be an empty dict where there are `parts`. An OmniLM has parts.
         optimizer, scheduler, scaler: a state dict, or what has a `state_dict` method.
         step, best_val_loss: numbers, or None where they are not known.
         parts: what is not the thinker: part → weights. With it, a .pt file is a multimodal dict, {thinker, part, ...},
@@ -170,6 +170,9 @@ def save_checkpoint(
     weights = export_weights(model) if isinstance(model, nnx.Module) else dict(model)
     if not (weights or parts) or not _is_state_dict(weights):
         raise CheckpointError("model must be a module with weights, or a dict of arrays by str, not empty")
+    if any(key.startswith("thinker.") for key in weights):  # OmniLM's
+        whole = named_weights(weights, "multimodal")
+        weights, parts = whole.model, whole.parts | dict(parts or {})
     apart = _plain_parts(parts)
     if not weights and not any(part in MAIN_PARTS for part in apart):
         raise CheckpointError(f"parts without a model must have one of {', '.join(MAIN_PARTS[2:])}; give model=")
@@ -316,9 +319,13 @@ def _loss(value: Any) -> float | None:
 
 def _plan(model: nnx.Module, state: Mapping[str, Array] | Checkpoint) -> tuple[LoadReport, dict[str, Any]]:
     """The report, and the value of every key of the model that the state has."""
-    if isinstance(state, Checkpoint):
-        return plan_load(_wanted(model), state.model, state.renamed, state.ignored)
-    return plan_load(_wanted(model), state, {}, {})
+    wanted = _wanted(model)
+    if not isinstance(state, Checkpoint):
+        return plan_load(wanted, state, {}, {})
+    held = state
+    if any(key.startswith("thinker.") for key in wanted):  # an OmniLM
+        held = whole_weights(state, {key.partition(".")[0] for key in wanted})
+    return plan_load(wanted, held.model, held.renamed, held.ignored)
 
 
 # What is the framework's own -----------------------------------------------------------------------------------------

@@ -12,7 +12,17 @@ from typing import Any
 from .pt_archive import CheckpointError
 from .state_tree import is_array
 
-__all__ = ["STATES", "MAIN_PARTS", "Named", "named_dict", "named_file", "named_weights", "type_name"]
+__all__ = [
+    "STATES",
+    "MAIN_PARTS",
+    "Named",
+    "named_dict",
+    "named_file",
+    "named_weights",
+    "export_name",
+    "whole_weights",
+    "type_name",
+]
 
 # What a file holds of the training, besides weights.
 STATES = ("optimizer", "scheduler", "scaler")
@@ -22,6 +32,9 @@ _PREFIXES = ("audio_encoder", "vision_encoder", "talker", "rvq", "proj_a", "proj
 # A dict with one of these is a file of the family; the first one there decides what the others are.
 MAIN_PARTS = ("model", "thinker", "vit", "enc", *_PREFIXES)
 _KINDS = {"model": "full", "vit": "vision", "enc": "audio"}
+# The encoders in files of their own → in an export.
+_EXPORT_NAMES = {"enc": "audio_encoder", "vit": "vision_encoder"}
+_NOT_IN_FORMAT = "not in the format"
 _EMPTY = "the state dict is empty; save model.state_dict()"
 
 
@@ -65,7 +78,7 @@ def named_file(tree: Mapping[str, Any]) -> Named:
         if part == main and part in ("model", "thinker"):
             continue
         if not isinstance(value, dict) or not (part == main or all(map(_is_weight, value, value.values()))):
-            found.ignored[part] = "not in the format"
+            found.ignored[part] = _NOT_IN_FORMAT
             continue
         if part in found.parts:
             raise CheckpointError(f"{part!r} stands there twice, by itself and inside {main!r}; save one of each")
@@ -120,6 +133,33 @@ def named_dict(weights: Mapping[Any, Any], part: str, renamed: dict[str, str]) -
         _put(stripped[key], value, key, made, origin)
     renamed |= {f"{part}.{key}": f"{part}.{name}" for name, key in origin.items() if name != key}
     return made
+
+
+def export_name(part: str) -> str:
+    """The name that an export has for a part of a file: enc is audio_encoder there, vit vision_encoder."""
+    return _EXPORT_NAMES.get(part, part)
+
+
+def whole_weights(held: Any, wanted: Iterable[str]) -> Named:
+    """The weights of a model of several parts, by its own keys, such as thinker.norm.weight, of a Checkpoint.
+
+    Args:
+        wanted: names of the model's parts; others are left out, and listed as ignored.
+    """
+    wanted = set(wanted)
+    kept = {part: export_name(part) for part in held.parts if export_name(part) in wanted}
+    found = Named(held.kind)
+    found.model = {f"thinker.{key}": value for key, value in held.model.items()}
+    for part, name in kept.items():
+        found.model |= {f"{name}.{key}": value for key, value in held.parts[part].items()}
+    for key, name in held.renamed.items():
+        part, _, rest = name.partition(".")
+        whole = f"{kept[part]}.{rest}" if part in kept else f"thinker.{name}"
+        if whole != key:
+            found.renamed[key] = whole
+    found.ignored = {key: rule for key, rule in held.ignored.items() if rule == _NOT_IN_FORMAT}
+    found.ignored |= {part: "a part that the model does not have" for part in held.parts if part not in kept}
+    return found
 
 
 def _put(name: str, value: Any, key: str, into: dict[str, Any], origin: dict[str, str]) -> None:

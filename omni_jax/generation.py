@@ -1,10 +1,10 @@
-"""Text from a ThinkerLM: prompts in, token ids with their log-probabilities out, token by token over a KV cache.
+"""Text from a ThinkerLM or OmniLM: prompts in, ids with their log-probabilities out, token by token over a KV cache.
 
 Shapes: B rows (prompts times samples), P prompts, T prompt time, N new tokens, V vocabulary.
 
 A call runs two compiled programs: the prompts up to the first new token, and the loop over all others. Both are
-compiled once for a range of calls: prompts are padded to a power of two, the room for new tokens is one from 64 up,
-and what may differ from call to call (weights, seed, limits, sampling settings) is an argument.
+compiled once for a range of calls: prompts and clips are padded to a power of two, the room for new tokens is one from
+64 up, and what may differ from call to call (weights, seed, limits, sampling settings) is an argument.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from .training_utils import NumericalError
 __all__ = ["Generation", "generate", "simple_inference"]
 
 _SHORTEST_PROMPT = 16
+_SHORTEST_CLIP = 64
 _LEAST_ROOM = 64
 _LARGEST_SEED = 2**32 - 1
 
@@ -72,12 +73,16 @@ def generate(
     uniforms: Float[Array | np.ndarray, "B N"] | None = None,
     window: bool = False,
     stream: bool = False,
+    images: Sequence[Float[Array | np.ndarray, "3 H W"] | None] | None = None,
+    mels: Sequence[Float[Array | np.ndarray, "F M"] | None] | None = None,
 ) -> Any:
     """Continue one prompt or several; every prompt gives num_samples rows, those of the first prompt first.
 
     prompt_ids: a list of ids, or a list of such lists, of any lengths; each row continues as if it were alone.
     max_new_tokens: None goes on to the model's ctx_len. With `window` there is no such end: every token then sees the
     last ctx_len tokens.
+    images, mels: for an OmniLM, before each prompt a picture (3, H, W), all of one size, and a clip (frames, 128) as
+    OmniLM.features gives it, None where there is none; they take 1, and frames over downsample_factor, of ctx_len.
     temperature 0 takes the likeliest token; otherwise see truncated_probabilities, and apply_repetition_penalty for
     the ids of the prompt and of what was generated, padding excepted. eos_id None: no id ends a row.
     seed, uniforms: randomness is jax.random.key(seed)'s, or row i takes its token j by uniforms[i, j] in [0, 1), for
@@ -88,12 +93,15 @@ def generate(
     model itself is not changed.
 
     Raises:
-        ValueError: an empty prompt, one longer than ctx_len, more new tokens than fit, or a setting out of range,
+        ValueError: an empty prompt, one longer than ctx_len, more new tokens than fit, or a setting out of range; a
+            picture or clip that the model cannot read, or a clip of more than ctx_len // 4 vectors, the family's most;
             before any work.
         TokenIdError: a prompt id out of range, likewise.
         NumericalError: the model's logits are NaN or infinite; the message names row and step.
     """
-    prompts = _read_prompts(prompt_ids, model.config.vocab_size)
+    config: ThinkerConfig = getattr(model, "thinker", model).config
+    prompts = _read_prompts(prompt_ids, config.vocab_size)
+    senses, counts = _read_senses(model, images, mels, len(prompts))
     _check_settings(temperature, top_k, top_p)
     _check_penalty(repetition_penalty)
     _check_window(window)
@@ -103,18 +111,19 @@ def generate(
         raise ValueError(f"seed={seed} is not allowed: must be at most {_LARGEST_SEED}; give a smaller seed")
     if eos_id is not None:
         eos_id = _check_integer("eos_id", eos_id, 0, "use None to end no row")
-        check_token_ids(np.asarray(eos_id), model.config.vocab_size, "eos_id")
+        check_token_ids(np.asarray(eos_id), config.vocab_size, "eos_id")
     rows = len(prompts) * num_samples
-    longest = max(map(len, prompts))
-    limit = _new_tokens(longest, max_new_tokens, model.config.ctx_len, window)
+    longest = max(before + len(prompt) for before, prompt in zip(counts, prompts, strict=True))
+    limit = _new_tokens(longest, max_new_tokens, config.ctx_len, window, senses is not None)
     uniforms_BN = None if uniforms is None else _read_uniforms(uniforms, rows, limit)
     if limit == 0:
         return (
             iter(()) if stream else Generation([[] for _ in range(rows)], [[] for _ in range(rows)], ["length"] * rows)
         )
 
-    vocab_size, ctx_len = model.config.vocab_size, model.config.ctx_len
+    vocab_size, ctx_len = config.vocab_size, config.ctx_len
     time = min(ctx_len, _power_of_two(longest, _SHORTEST_PROMPT))
+    text_time = min(ctx_len, _power_of_two(max(map(len, prompts)), _SHORTEST_PROMPT))
     room = _power_of_two(ctx_len if max_new_tokens is None else limit, _LEAST_ROOM)
     plan = _Plan(
         slots=ctx_len if window else min(ctx_len, time + room),
@@ -133,14 +142,19 @@ def generate(
         top_p=float(top_p),
         repetition_penalty=float(repetition_penalty),
     )
-    tokens_PT = np.full((len(prompts), time), PAD_ID, np.int32)
+    tokens_PT = np.full((len(prompts), text_time), PAD_ID, np.int32)
     for row, prompt in zip(tokens_PT, prompts, strict=True):
-        row[time - len(prompt) :] = prompt
-    starts_P = np.array([time - len(prompt) for prompt in prompts], np.int32)
+        row[text_time - len(prompt) :] = prompt
+    starts_P = np.array([text_time - len(prompt) for prompt in prompts], np.int32)
     given = None if uniforms_BN is None or plan.greedy else np.pad(uniforms_BN, ((0, 0), (0, room - limit)))
     # As a tree: nnx.split, and hashing its graphdef at every call of a program, would cost many times as much.
-    weights, structure = jax.tree.flatten(model)
-    begin = partial(_prefill, structure, weights, tokens_PT, starts_P, given, np.uint32(seed), settings, plan)
+    thinker = getattr(model, "thinker", model)
+    weights, structure = jax.tree.flatten(thinker)
+    drawn = (given, np.uint32(seed), settings, plan)
+    begin = partial(_prefill, structure, weights, tokens_PT, starts_P, *drawn)
+    if senses is not None:
+        leaves, whole = jax.tree.flatten(model)
+        begin = partial(_prefill, whole, leaves, tokens_PT, starts_P, *drawn, senses, time)
     go_on = partial(_decode, structure, weights)
     if stream:
         return _stream(begin, go_on, settings, plan)
@@ -217,7 +231,7 @@ class _State(NamedTuple):
     seen_BV: Bool[Array, "B V"] | None
 
 
-@partial(jax.jit, static_argnames=("structure", "plan"))
+@partial(jax.jit, static_argnames=("structure", "plan", "time"))
 def _prefill(
     structure: Any,
     weights: Any,
@@ -227,13 +241,29 @@ def _prefill(
     seed: Array,
     settings: _Settings,
     plan: _Plan,
+    senses: dict[str, Array] | None = None,
+    time: int = 0,
 ) -> _State:
-    """The state after the prompts and the first new token. Prompts stand at the right, from `starts_P` on."""
+    """The state after the prompts and the first new token. Prompts stand at the right, from `starts_P` on.
+
+    `senses` are OmniLM.encode's arguments: what stands before the prompts. Of it all, `time` places are enough.
+    """
     model = _rebuild(structure, weights)
+    thinker = getattr(model, "thinker", model)
     P, T = tokens_PT.shape
     kept_PT = jnp.arange(T, dtype=starts_P.dtype)[None] >= starts_P[:, None]
-    cache = init_cache(model, P, plan.slots, plan.window)
-    logits_P1V, cache = model(tokens_PT, attention_mask=kept_PT, cache=cache, last_only=True)
+    inputs: dict[str, Any] = {"tokens": tokens_PT}
+    if senses is not None:
+        before_PND, there_PN = model.encode(**senses)
+        x_PTD = jnp.concatenate([before_PND, thinker.tok_emb(tokens_PT)], axis=1)
+        kept_PT = jnp.concatenate([there_PN, kept_PT], axis=1)
+        # Padding goes to the left, the rest keeps its order: from here on a row is as a prompt of tokens.
+        order_PT = jnp.argsort(kept_PT, axis=1, stable=True)[:, -time:]
+        kept_PT = jnp.take_along_axis(kept_PT, order_PT, axis=1)
+        inputs = {"embeddings": jnp.take_along_axis(x_PTD, order_PT[:, :, None], axis=1)}
+        starts_P = jnp.sum(~kept_PT, axis=1, dtype=starts_P.dtype)
+    cache = init_cache(thinker, P, plan.slots, plan.window)
+    logits_P1V, cache = thinker(**inputs, attention_mask=kept_PT, cache=cache, last_only=True)
     # The padding that every row has gives its slots back: they are rolled to the end, where the next tokens go.
     padding = jnp.min(starts_P)
     k, v, kept_PS = jax.tree.map(lambda x: jnp.roll(x, -padding, axis=1), (cache.k, cache.v, cache.kept))
@@ -364,18 +394,111 @@ def _read_prompts(prompt_ids: Any, vocab_size: int) -> list[np.ndarray]:
     return prompts
 
 
-def _new_tokens(longest: int, max_new_tokens: int | None, ctx_len: int, window: bool) -> int:
-    if longest > ctx_len:
+def _read_senses(model: Any, images: Any, mels: Any, prompts: int) -> tuple[dict[str, Any] | None, list[int]]:
+    """The arguments of OmniLM.encode, None where there is nothing to see or hear; the vectors before each prompt."""
+    pictures = _one_per_prompt("images", images, prompts)
+    clips = _one_per_prompt("mels", mels, prompts)
+    senses: dict[str, Any] = {}
+    if any(picture is not None for picture in pictures):
+        _check_sense(model, "images", "vision")
+        senses |= _stacked("images", "has_image", pictures)
+    if any(clip is not None for clip in clips):
+        _check_sense(model, "mels", "audio")
+        senses |= _padded(model, clips)
+    if not senses:
+        return None, [0] * prompts
+    checked = dict.fromkeys(("images", "mel", "mel_lengths", "has_image", "has_audio")) | senses
+    model._checked(prompts, **checked)
+    lengths = [0 if clip is None else model.config.audio.num_vectors(len(clip)) for clip in clips]
+    return senses, [(picture is not None) + length for picture, length in zip(pictures, lengths, strict=True)]
+
+
+def _one_per_prompt(name: str, values: Any, prompts: int) -> list[Any]:
+    if values is None:
+        return [None] * prompts
+    if not isinstance(values, list | tuple) or len(values) != prompts:
+        found = f"{len(values)} entries" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
         raise ValueError(
-            f"the prompt has {longest} tokens, allowed are up to ctx_len={ctx_len}; cut it, for example to its last "
-            f"{ctx_len}"
+            f"{name} is {found}: must be a list with one entry for each of {prompts} prompts; give None "
+            "where a prompt has none"
+        )
+    return list(values)
+
+
+def _check_sense(model: Any, name: str, section: str) -> None:
+    if getattr(getattr(model, "config", None), section, None) is None:
+        raise ValueError(
+            f"{name} are given, and the model's config has no section {section!r}: it cannot read them; leave "
+            "them out, or give an OmniLM that can"
+        )
+
+
+def _stacked(name: str, has: str, values: list[Any]) -> dict[str, Any]:
+    """Arrays of one shape as a batch, 0 where there is none."""
+    given = {i: _as_array(f"{name}[{i}]", value) for i, value in enumerate(values) if value is not None}
+    shapes = sorted({value.shape for value in given.values()})
+    if len(shapes) > 1 or len(shapes[0]) != 3:
+        raise ValueError(
+            f"{name} have the shapes {', '.join(map(str, shapes))}: must be (3, H, W), the same for all; give "
+            "load_image(path, size=224)'s"
+        )
+    empty = np.zeros_like(next(iter(given.values())))
+    batch = np.stack([given.get(i, empty) for i in range(len(values))])
+    return {name: batch, has: np.array([value is not None for value in values])}
+
+
+def _padded(model: Any, clips: list[Any]) -> dict[str, Any]:
+    """Clips of any length as a batch, its frames a power of two."""
+    given = {i: _as_array(f"mels[{i}]", clip) for i, clip in enumerate(clips) if clip is not None}
+    for i, clip in given.items():
+        _check_clip(f"mels[{i}]", clip.shape, model.config)
+    first = next(iter(given.values()))
+    frames = _power_of_two(max(map(len, given.values())), _SHORTEST_CLIP)
+    batch = np.zeros((len(clips), frames, first.shape[1]), first.dtype)
+    for i, clip in given.items():
+        batch[i, : len(clip)] = clip
+    lengths = np.array([len(given[i]) if i in given else 0 for i in range(len(clips))], np.int32)
+    return {"mel": batch, "mel_lengths": lengths, "has_audio": lengths > 0}
+
+
+def _as_array(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is a {type(value).__name__} that is no array of numbers; pass an array") from None
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {array.dtype}: must be floating point; divide levels by 255")
+    return array
+
+
+def _check_clip(name: str, shape: tuple[int, ...], config: Any) -> None:
+    if len(shape) != 2 or 0 in shape or shape[1] != 128:
+        raise ValueError(
+            f"{name} has shape {shape}: must be (frames, 128) with at least one frame; give model.features(wave)'s"
+        )
+    audio, most = config.audio, max(config.thinker.ctx_len // 4, 1)
+    if audio.num_vectors(shape[0]) > most:
+        frames = most * audio.downsample_factor
+        seconds = (frames - 1) * audio.hop_length / audio.sample_rate
+        raise ValueError(
+            f"{name} has {shape[0]} frames, which become {audio.num_vectors(shape[0])} vectors: allowed are up to "
+            f"ctx_len // 4 = {most}, that is {frames} frames or {seconds:.2f} seconds; cut the clip"
+        )
+
+
+def _new_tokens(longest: int, max_new_tokens: int | None, ctx_len: int, window: bool, senses: bool) -> int:
+    what = "a prompt, with its picture and clip," if senses else "a prompt"
+    if longest > ctx_len:
+        fix = "give less of them" if senses else f"cut it, for example to its last {ctx_len}"
+        raise ValueError(
+            f"the{what.removeprefix('a')} has {longest} tokens, allowed are up to ctx_len={ctx_len}; {fix}"
         )
     if max_new_tokens is None:
         return ctx_len - longest
     max_new_tokens = _check_integer("max_new_tokens", max_new_tokens, 0, "leave it out to go on to the model's ctx_len")
     if longest + max_new_tokens > ctx_len and not window:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens goes beyond ctx_len={ctx_len}: must "
+            f"max_new_tokens={max_new_tokens} after {what} of {longest} tokens goes beyond ctx_len={ctx_len}: must "
             f"be at most {ctx_len - longest}; ask for fewer, or pass window=True to let the oldest tokens go"
         )
     return max_new_tokens

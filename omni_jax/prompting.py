@@ -17,7 +17,7 @@ from .files import open_regular_file
 from .pt_archive import CheckpointError
 from .tokenizer import BPETokenizer
 
-__all__ = ["load_model_and_tokenizer", "continued_text"]
+__all__ = ["load_model_and_tokenizer", "read_senses", "continued_text"]
 
 _Path = str | os.PathLike[str]
 
@@ -27,18 +27,22 @@ def load_model_and_tokenizer(
     tokenizer: _Path | None = None,
     config: ThinkerConfig | _Path | None = None,
     n_heads: int | None = None,
+    senses: bool = False,
 ) -> tuple[Any, BPETokenizer, Path]:
     """The model of a checkpoint, its tokenizer, and the path of the tokenizer's file.
 
     The tokenizer is by default tokenizer.model beside the checkpoint, where a training run has put it; `config` and
-    `n_heads` as in infer_config.
+    `n_heads` as in infer_config. With `senses` the model is an OmniLM, whose config file tells n_heads.
 
     Raises:
         CheckpointError: a checkpoint that cannot be used.
         ValueError: another file that cannot be used, or a tokenizer whose vocabulary is not the model's.
     """
+    from .fusion import OmniLM
     from .thinker import ThinkerLM
 
+    if senses and n_heads is not None:
+        raise ValueError(f"n_heads = {n_heads}: a model that sees or hears has it in its config file; leave it out")
     file = find_checkpoint(checkpoint)
     open_regular_file(file, "checkpoint", CheckpointError).close()  # if it is not there, no other file is to blame
     path = file.with_name("tokenizer.model") if tokenizer is None else Path(tokenizer)
@@ -48,13 +52,45 @@ def load_model_and_tokenizer(
             "it was trained with: tokenizer= (--tokenizer FILE)"
         )
     vocabulary = BPETokenizer(path)  # before the weights: it is quickly refused
-    model = ThinkerLM.from_checkpoint(checkpoint, config=config, n_heads=n_heads)
-    if vocabulary.vocab_size != model.config.vocab_size:
+    if senses:
+        assert not isinstance(config, ThinkerConfig)
+        model: Any = OmniLM.from_checkpoint(checkpoint, config=config)
+        thinker = model.thinker
+    else:
+        model = thinker = ThinkerLM.from_checkpoint(checkpoint, config=config, n_heads=n_heads)
+    if vocabulary.vocab_size != thinker.config.vocab_size:
         raise ValueError(
             f"the tokenizer {str(path)!r} has {vocabulary.vocab_size} ids, and the model {str(checkpoint)!r} has "
-            f"vocab_size={model.config.vocab_size}: must be equal; give the tokenizer that the model was trained with"
+            f"vocab_size={thinker.config.vocab_size}: must be equal; give the tokenizer that the model was trained with"
         )
     return model, vocabulary, path
+
+
+def read_senses(model: Any, image: _Path | None, audio: _Path | None) -> dict[str, Any]:
+    """A picture's and a sound file's content as generate's `images` and `mels`, as the model's config asks for them.
+
+    Raises:
+        ValueError: a file that cannot be read; a model that cannot see, or hear.
+    """
+    from .audio import load_audio
+    from .vision import load_image
+
+    for file, name, section in ((image, "image", "vision"), (audio, "audio", "audio")):
+        if file is not None and getattr(model.config, section) is None:
+            raise ValueError(
+                f"{name} = {os.fspath(file)!r}, and the model's config has no section {section!r}: it cannot read it; "
+                f"leave --{name} out, or give another model"
+            )
+    made: dict[str, Any] = {}
+    if image is not None:
+        made["images"] = [load_image(image, size=model.config.vision.img_size)]
+    if audio is not None:
+        try:
+            made["mels"] = [model.features(load_audio(audio, model.config.audio.sample_rate))]
+        except ValueError as bad:
+            named = str(bad) if os.fspath(audio) in str(bad) else f"sound file {os.fspath(audio)!r}: {bad}"
+            raise ValueError(named) from None
+    return made
 
 
 def continued_text(tokenizer: BPETokenizer, prompt_ids: Sequence[int], ids: Iterable[int]) -> Iterator[str]:

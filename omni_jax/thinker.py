@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ from .layers import (
 )
 
 __all__ = ["Block", "ThinkerLM", "num_parameters"]
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Block(nnx.Module):
@@ -167,13 +170,7 @@ class ThinkerLM(nnx.Module):
         other numbers than the constructor's. Inside a trace this is the constructor. `rngs` defaults to nnx.Rngs(0).
         """
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        kinds = {"dtype": dtype, "param_dtype": param_dtype}
-        key = rngs.params()
-        if isinstance(key, Tracer):
-            return cls(**config.to_dict(), rngs=rngs, **kinds)
-        shapes = nnx.eval_shape(lambda: cls(**config.to_dict(), rngs=nnx.Rngs(0), **kinds))
-        graphdef, state = nnx.split(shapes)
-        return nnx.merge(graphdef, _draw(state, key, rngs))
+        return _fresh(lambda rngs: cls(**config.to_dict(), rngs=rngs, dtype=dtype, param_dtype=param_dtype), rngs)
 
     @classmethod
     def from_checkpoint(
@@ -200,12 +197,7 @@ class ThinkerLM(nnx.Module):
         from .checkpoint import load_weights
 
         checkpoint, found, stored = read_model(path, config, n_heads)
-        param_dtype = jnp.dtype(stored if param_dtype is None else param_dtype)
-        if param_dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
-            raise ValueError(
-                f"checkpoint {os.fspath(path)!r} holds float64, and JAX is set to 32 bits: pass "
-                "param_dtype=jnp.float32, or call within jax.enable_x64(True)"
-            )
+        param_dtype = _loaded_dtype(path, stored, param_dtype)
         weights = checkpoint.model
         if param_dtype.name != stored:
             weights = {key: np.asarray(value).astype(param_dtype) for key, value in weights.items()}
@@ -299,11 +291,31 @@ def num_parameters(model: nnx.Module) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+def _loaded_dtype(path: str | os.PathLike[str], stored: str, param_dtype: Any) -> Any:
+    """What the parameters of a checkpoint are to be held in; None: as they are stored."""
+    param_dtype = jnp.dtype(stored if param_dtype is None else param_dtype)
+    if param_dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"checkpoint {os.fspath(path)!r} holds float64, and JAX is set to 32 bits: pass "
+            "param_dtype=jnp.float32, or call within jax.enable_x64(True)"
+        )
+    return param_dtype
+
+
+def _fresh(make: Callable[[nnx.Rngs], Model], rngs: nnx.Rngs) -> Model:
+    """The model that `make` makes, with weights of its distributions, drawn by numpy; inside a trace make's own."""
+    key = rngs.params()
+    if isinstance(key, Tracer):
+        return make(rngs)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return nnx.merge(graphdef, _draw(state, key, rngs))
+
+
 def _draw(state: nnx.State, key: Array, rngs: nnx.Rngs) -> nnx.State:
     """Values for a state of shapes: torch's default initialisation (see init.py), and fresh streams for dropout."""
     host = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
     flat = nnx.to_flat_state(state)
-    fan_in = {path[:-1]: leaf.shape[0] for path, leaf in flat if path[-1] == "kernel"}
+    kernels = {path[:-1]: leaf.shape for path, leaf in flat if path[-1] == "kernel"}
     for path, leaf in flat:
         if isinstance(leaf, nnx.RngKey):
             leaf.set_value(rngs.dropout())
@@ -312,16 +324,25 @@ def _draw(state: nnx.State, key: Array, rngs: nnx.Rngs) -> nnx.State:
             leaf.set_value(jnp.zeros(leaf.shape, leaf.dtype))
             continue
         wide = np.float64 if leaf.dtype == jnp.float64 else np.float32
-        if path[-1] in ("kernel", "bias"):
-            bound = 1.0 / math.sqrt(fan_in[path[:-1]])
-            x = (2.0 * host.random(leaf.shape, wide) - 1.0) * bound
+        kernel = kernels.get(path[:-1])  # (*window, in, out)
+        if path[-1] == "kernel" and path[-2] == "in_proj":  # torch's nn.MultiheadAttention: Xavier
+            x = (2.0 * host.random(leaf.shape, wide) - 1.0) * math.sqrt(6.0 / sum(leaf.shape))
+        elif path[-1] in ("kernel", "bias") and kernel is not None and not _starts_at_zero(path):
+            x = (2.0 * host.random(leaf.shape, wide) - 1.0) * (1.0 / math.sqrt(math.prod(kernel[:-1])))
         elif path[-1] == "embedding":
             x = host.standard_normal(leaf.shape, wide)
-        else:
-            assert path[-1] == "scale", path
+        elif path[-1] == "scale":
             x = np.ones(leaf.shape, wide)
+        else:
+            assert _starts_at_zero(path) or path[-1] == "bias", path
+            x = np.zeros(leaf.shape, wide)
         leaf.set_value(jnp.asarray(x, leaf.dtype))
     return nnx.from_flat_state(flat)
+
+
+def _starts_at_zero(path: tuple[Any, ...]) -> bool:
+    """ViTTiny's CLS token and positions, and the biases of its attention."""
+    return path[-1] in ("cls", "pos") or ("self_attn" in path and path[-1] == "bias")
 
 
 def _check_rank(name: str, x: Any, shape: str) -> None:

@@ -84,6 +84,8 @@ def train(
 def generate(
     checkpoint: _Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from; - reads it from stdin.")],
+    image: Annotated[Path | None, typer.Option("--image", help="Picture to look at, for a model with eyes.")] = None,
+    audio: Annotated[Path | None, typer.Option("--audio", help="Sound to listen to, for a model with ears.")] = None,
     tokenizer: _Tokenizer = None,
     config: _Config = None,
     n_heads: _Heads = None,
@@ -111,6 +113,8 @@ def generate(
         run_generate(
             checkpoint,
             prompt,
+            image=image,
+            audio=audio,
             tokenizer=tokenizer,
             config=config,
             n_heads=n_heads,

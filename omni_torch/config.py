@@ -144,6 +144,11 @@ def read_config(path: str | Path) -> ConfigReport:
             Infinity, has an unknown key (the nearest known name is given), lacks a required one, or a value is not
             allowed.
     """
+    return _report(_read_json(path), f"config file {path}")
+
+
+def _read_json(path: str | Path) -> Any:
+    """What a config file holds."""
     with open_regular_file(path, "config file") as file:
         raw = file.read(_LARGEST_FILE + 1)
     if len(raw) > _LARGEST_FILE:
@@ -153,7 +158,7 @@ def read_config(path: str | Path) -> ConfigReport:
     except UnicodeDecodeError as error:
         raise ValueError(f"config file {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     try:
-        mapping = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"config file {path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
@@ -161,7 +166,6 @@ def read_config(path: str | Path) -> ConfigReport:
         ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config file {path}: {error}") from error
-    return _report(mapping, f"config file {path}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .prompting import continued_text, load_model_and_tokenizer
+from .prompting import continued_text, load_model_and_tokenizer, read_senses
 from .tokenizer import BPETokenizer
 
 __all__ = ["run_generate"]
@@ -31,10 +31,13 @@ def run_generate(
     stream: bool | None = None,
     seed: int = 0,
     num_samples: int = 1,
+    image: _Path | None = None,
+    audio: _Path | None = None,
     **settings: Any,
 ) -> None:
     """Print what the model says after `prompt` ("-": after the text on stdin).
 
+    image, audio: files of a picture and of a sound that stand before the prompt, for an OmniLM.
     as_json: one JSON object. stream: print the text while it is made; by default where there is one sample and no
     JSON. The other arguments are load_model_and_tokenizer's and generate's.
 
@@ -47,11 +50,15 @@ def run_generate(
     text = _read_stdin() if prompt == "-" else prompt
     if not text:
         raise ValueError("the prompt is empty: give at least one character of text to go on from")
-    model, vocabulary, path = load_model_and_tokenizer(checkpoint, tokenizer, config, n_heads)
+    files = {name: file for name, file in (("image", image), ("audio", audio)) if file is not None}
+    model, vocabulary, path = load_model_and_tokenizer(checkpoint, tokenizer, config, n_heads, bool(files))
+    if files:
+        settings |= read_senses(model, image, audio)
     prompt_ids = vocabulary.encode(text, add_bos=True)
     settings |= {"seed": seed, "num_samples": num_samples}
     if as_json:
         named = {"checkpoint": os.fspath(checkpoint), "tokenizer": str(path), "prompt": text, "seed": seed}
+        named |= {name: os.fspath(file) for name, file in files.items()}
         print(json.dumps(named | _timed_rows(model, vocabulary, prompt_ids, settings)))
     elif stream or (stream is None and num_samples == 1):
         for piece in continued_text(vocabulary, prompt_ids, _streamed(model, prompt_ids, settings)):

@@ -1,4 +1,4 @@
-"""Text from a ThinkerLM: prompts in, token ids with their log-probabilities out, token by token over a KV cache.
+"""Text from a ThinkerLM or OmniLM: prompts in, ids with their log-probabilities out, token by token over a KV cache.
 
 Shapes: B rows (prompts times samples), P prompts, T prompt time, N new tokens, D model, V vocabulary.
 
@@ -67,12 +67,16 @@ def generate(
     uniforms: Float[Tensor, "B N"] | None = None,
     window: bool = False,
     stream: bool = False,
+    images: Sequence[Float[Tensor, "3 H W"] | None] | None = None,
+    mels: Sequence[Float[Tensor, "F M"] | None] | None = None,
 ) -> Any:
     """Continue one prompt or several; every prompt gives num_samples rows, those of the first prompt first.
 
     prompt_ids: a list of ids, or a list of such lists, of any lengths; each row continues as if it were alone.
     max_new_tokens: None goes on to the model's ctx_len. With `window` there is no such end: every token then sees the
     last ctx_len tokens.
+    images, mels: for an OmniLM, before each prompt a picture (3, H, W), all of one size, and a clip (frames, 128) as
+    OmniLM.features gives it, None where there is none; they take 1, and frames over downsample_factor, of ctx_len.
     temperature 0 takes the likeliest token; otherwise see truncated_probabilities, and apply_repetition_penalty for
     the ids of the prompt and of what was generated, padding excepted. eos_id None: no id ends a row.
     seed, uniforms: randomness is that of a torch.Generator with this seed, or row i takes its token j by
@@ -85,11 +89,14 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, one longer than ctx_len, more new tokens than fit, a setting out of range, or a
-            compiled model in training mode, before any work.
+            compiled model in training mode; a picture or clip that the model cannot read, or a clip of more than
+            ctx_len // 4 vectors, the family's most; before any work.
         TokenIdError: a prompt id out of range, likewise.
         NumericalError: the model's logits are NaN or infinite; the message names row and step.
     """
-    prompts = _read_prompts(prompt_ids, model.config.vocab_size)
+    config: ThinkerConfig = getattr(model, "thinker", model).config
+    prompts = _read_prompts(prompt_ids, config.vocab_size)
+    senses, counts = _read_senses(model, images, mels, len(prompts))
     _check_settings(temperature, top_k, top_p)
     _check_penalty(repetition_penalty)
     _check_window(window)
@@ -99,13 +106,15 @@ def generate(
         raise ValueError(f"seed={seed} is not allowed: must be at most {_LARGEST_SEED}; give a smaller seed")
     if eos_id is not None:
         eos_id = _check_integer("eos_id", eos_id, 0, "use None to end no row")
-        check_token_ids(torch.tensor(eos_id), model.config.vocab_size, "eos_id")
+        check_token_ids(torch.tensor(eos_id), config.vocab_size, "eos_id")
     rows = len(prompts) * num_samples
-    longest = max(map(len, prompts))
-    limit = _new_tokens(longest, max_new_tokens, model.config.ctx_len, window)
+    longest = max(before + len(prompt) for before, prompt in zip(counts, prompts, strict=True))
+    limit = _new_tokens(longest, max_new_tokens, config.ctx_len, window, senses is not None)
     uniforms_BN = None if uniforms is None else _read_uniforms(uniforms, rows, limit)
     _check_mode(model)
     job = _Job(
+        omni=None if senses is None else model,
+        senses=senses,
         prompts=prompts,
         limit=limit,
         temperature=float(temperature),
@@ -118,6 +127,7 @@ def generate(
         uniforms_BN=uniforms_BN,
         window=window,
     )
+    model = getattr(model, "thinker", model)
     if stream:
         return (tokens for tokens, _ in _steps(model, job))
     result = Generation([[] for _ in range(rows)], [[] for _ in range(rows)], ["length"] * rows)
@@ -156,8 +166,10 @@ def simple_inference(
 
 @dataclass(frozen=True)
 class _Job:
-    """A call of `generate`, checked."""
+    """A call of `generate`, checked; `senses` is what `omni` encodes before the prompts."""
 
+    omni: Any
+    senses: dict[str, Any] | None
     prompts: list[np.ndarray]
     limit: int
     temperature: float
@@ -213,9 +225,13 @@ def _prefill(model: Any, job: _Job) -> tuple[Tensor, KVCache, Tensor | None]:
         tokens_PT[row, T - len(prompt) :] = torch.from_numpy(prompt)
         kept_PT[row, T - len(prompt) :] = True
     tokens_PT, kept_PT = tokens_PT.to(device), kept_PT.to(device)
+    inputs: dict[str, Any] = {"tokens": tokens_PT, "attention_mask": kept_PT}
+    if job.senses is not None:
+        inputs = _fused_prompts(model, job, tokens_PT, kept_PT)
+        T = inputs["attention_mask"].shape[1]
     ctx_len = model.config.ctx_len
     cache = init_cache(model, P, ctx_len if job.window else min(ctx_len, T + job.limit), job.window)
-    logits_P1V, cache = model(tokens_PT, attention_mask=kept_PT, cache=cache, last_only=True)
+    logits_P1V, cache = model(**inputs, cache=cache, last_only=True)
     logits_PV, seen_PV = logits_P1V[:, 0], None
     if job.repetition_penalty != 1.0:
         seen_PV = torch.zeros_like(logits_PV, dtype=torch.bool).scatter_(1, tokens_PT, True)
@@ -230,6 +246,19 @@ def _prefill(model: Any, job: _Job) -> tuple[Tensor, KVCache, Tensor | None]:
         k, v = tuple(map(repeat, cache.k)), tuple(map(repeat, cache.v))
         cache = replace(cache, k=k, v=v, kept=repeat(cache.kept), count=repeat(cache.count))
     return repeat(logits_PV), cache, None if seen_PV is None else repeat(seen_PV)
+
+
+def _fused_prompts(model: Any, job: _Job, tokens_PT: Tensor, kept_PT: Tensor) -> dict[str, Tensor]:
+    """What the thinker takes in place of tokens and their mask: image, audio and prompt of each row, at the right."""
+    senses = {name: value.to(tokens_PT.device) for name, value in (job.senses or {}).items()}
+    omni: Any = job.omni if _is_compiled(job.omni) else _copy_modules(job.omni, False)
+    before_PND, there_PN = omni.encode(**senses)
+    x_PND = torch.cat([before_PND, model.tok_emb(tokens_PT)], dim=1)
+    kept_PN = torch.cat([there_PN, kept_PT], dim=1)
+    # Padding goes to the left, the rest keeps its order: from here on a row is as a prompt of tokens.
+    order_PN = kept_PN.to(torch.int8).argsort(dim=1, stable=True)[:, -int(kept_PN.sum(dim=1).max()) :]
+    x_PND = x_PND.gather(1, order_PN[:, :, None].expand(-1, -1, x_PND.shape[2]))
+    return {"embeddings": x_PND, "attention_mask": kept_PN.gather(1, order_PN)}
 
 
 def _uniforms(job: _Job, logits_BV: Tensor) -> Tensor | None:
@@ -330,18 +359,110 @@ def _read_prompts(prompt_ids: Any, vocab_size: int) -> list[np.ndarray]:
     return prompts
 
 
-def _new_tokens(longest: int, max_new_tokens: int | None, ctx_len: int, window: bool) -> int:
-    if longest > ctx_len:
+def _read_senses(model: Any, images: Any, mels: Any, prompts: int) -> tuple[dict[str, Any] | None, list[int]]:
+    """The arguments of OmniLM.encode, None where there is nothing to see or hear; the vectors before each prompt."""
+    pictures = _one_per_prompt("images", images, prompts)
+    clips = _one_per_prompt("mels", mels, prompts)
+    senses: dict[str, Any] = {}
+    if any(picture is not None for picture in pictures):
+        _check_sense(model, "images", "vision")
+        senses |= _stacked("images", "has_image", pictures)
+    if any(clip is not None for clip in clips):
+        _check_sense(model, "mels", "audio")
+        senses |= _padded(model, clips)
+    if not senses:
+        return None, [0] * prompts
+    checked = dict.fromkeys(("images", "mel", "mel_lengths", "has_image", "has_audio")) | senses
+    model._checked(prompts, **checked)
+    lengths = [0 if clip is None else model.config.audio.num_vectors(len(clip)) for clip in clips]
+    return senses, [(picture is not None) + length for picture, length in zip(pictures, lengths, strict=True)]
+
+
+def _one_per_prompt(name: str, values: Any, prompts: int) -> list[Any]:
+    if values is None:
+        return [None] * prompts
+    if not isinstance(values, list | tuple) or len(values) != prompts:
+        found = f"{len(values)} entries" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
         raise ValueError(
-            f"the prompt has {longest} tokens, allowed are up to ctx_len={ctx_len}; cut it, for example to its last "
-            f"{ctx_len}"
+            f"{name} is {found}: must be a list with one entry for each of {prompts} prompts; give None "
+            "where a prompt has none"
+        )
+    return list(values)
+
+
+def _check_sense(model: Any, name: str, section: str) -> None:
+    if getattr(getattr(model, "config", None), section, None) is None:
+        raise ValueError(
+            f"{name} are given, and the model's config has no section {section!r}: it cannot read them; leave "
+            "them out, or give an OmniLM that can"
+        )
+
+
+def _stacked(name: str, has: str, values: list[Any]) -> dict[str, Any]:
+    """Arrays of one shape as a batch, 0 where there is none."""
+    given = {i: _as_tensor(f"{name}[{i}]", value) for i, value in enumerate(values) if value is not None}
+    shapes = sorted({tuple(value.shape) for value in given.values()})
+    if len(shapes) > 1 or len(shapes[0]) != 3:
+        raise ValueError(
+            f"{name} have the shapes {', '.join(map(str, shapes))}: must be (3, H, W), the same for all; give "
+            "load_image(path, size=224)'s"
+        )
+    empty = torch.zeros_like(next(iter(given.values())))
+    batch = torch.stack([given.get(i, empty) for i in range(len(values))])
+    return {name: batch, has: torch.tensor([value is not None for value in values])}
+
+
+def _padded(model: Any, clips: list[Any]) -> dict[str, Any]:
+    """Clips of any length as a batch."""
+    given = {i: _as_tensor(f"mels[{i}]", clip) for i, clip in enumerate(clips) if clip is not None}
+    for i, clip in given.items():
+        _check_clip(f"mels[{i}]", tuple(clip.shape), model.config)
+    first = next(iter(given.values()))
+    batch = first.new_zeros(len(clips), max(map(len, given.values())), first.shape[1])
+    for i, clip in given.items():
+        batch[i, : len(clip)] = clip
+    lengths = torch.tensor([len(given[i]) if i in given else 0 for i in range(len(clips))])
+    return {"mel": batch, "mel_lengths": lengths, "has_audio": lengths > 0}
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is a {type(value).__name__} that is no array of numbers; pass a tensor") from None
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {_name(tensor.dtype)}: must be floating point; divide levels by 255")
+    return tensor
+
+
+def _check_clip(name: str, shape: tuple[int, ...], config: Any) -> None:
+    if len(shape) != 2 or 0 in shape or shape[1] != 128:
+        raise ValueError(
+            f"{name} has shape {shape}: must be (frames, 128) with at least one frame; give model.features(wave)'s"
+        )
+    audio, most = config.audio, max(config.thinker.ctx_len // 4, 1)
+    if audio.num_vectors(shape[0]) > most:
+        frames = most * audio.downsample_factor
+        seconds = (frames - 1) * audio.hop_length / audio.sample_rate
+        raise ValueError(
+            f"{name} has {shape[0]} frames, which become {audio.num_vectors(shape[0])} vectors: allowed are up to "
+            f"ctx_len // 4 = {most}, that is {frames} frames or {seconds:.2f} seconds; cut the clip"
+        )
+
+
+def _new_tokens(longest: int, max_new_tokens: int | None, ctx_len: int, window: bool, senses: bool) -> int:
+    what = "a prompt, with its picture and clip," if senses else "a prompt"
+    if longest > ctx_len:
+        fix = "give less of them" if senses else f"cut it, for example to its last {ctx_len}"
+        raise ValueError(
+            f"the{what.removeprefix('a')} has {longest} tokens, allowed are up to ctx_len={ctx_len}; {fix}"
         )
     if max_new_tokens is None:
         return ctx_len - longest
     max_new_tokens = _check_integer("max_new_tokens", max_new_tokens, 0, "leave it out to go on to the model's ctx_len")
     if longest + max_new_tokens > ctx_len and not window:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens goes beyond ctx_len={ctx_len}: must "
+            f"max_new_tokens={max_new_tokens} after {what} of {longest} tokens goes beyond ctx_len={ctx_len}: must "
             f"be at most {ctx_len - longest}; ask for fewer, or pass window=True to let the oldest tokens go"
         )
     return max_new_tokens

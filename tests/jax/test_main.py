@@ -12,21 +12,28 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("jax")
 
+import soundfile
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from omni_jax import __main__, generation
 from omni_jax.__main__ import app
+from omni_jax.audio import load_audio
 from omni_jax.checkpoint import load_checkpoint, save_checkpoint
 from omni_jax.config import ThinkerConfig
+from omni_jax.fusion import OmniLM
+from omni_jax.omni_config import AudioConfig, OmniConfig, VisionConfig
 from omni_jax.prompting import continued_text
 from omni_jax.thinker import ThinkerLM
 from omni_jax.tokenizer import BPETokenizer
 from omni_jax.training_utils import NumericalError
+from omni_jax.vision import load_image
 
 PACKAGE = "omni_jax"
 ROOT = Path(__file__).parent.parent.parent
@@ -37,7 +44,7 @@ COMMON = {"--checkpoint", "--tokenizer", "--config", "--n-heads", "--max-new-tok
 COMMON |= {"--top-k", "--top-p", "--repetition-penalty", "--seed"}
 SURFACE = {
     "train": {"--config", "--text", "--out", "--tokenizer", "--resume", "--max-steps", "--seed", "--quiet"},
-    "generate": COMMON | {"--prompt", "--num-samples", "--window", "--json", "--stream"},
+    "generate": COMMON | {"--prompt", "--image", "--audio", "--num-samples", "--window", "--json", "--stream"},
     "chat": COMMON,
     "inspect": {"checkpoint", "--config", "--n-heads", "--json"},
     "convert": {"source", "target", "--kind", "--split-qkv", "--config", "--n-heads", "--json"},
@@ -262,6 +269,82 @@ class Speaker:
 @pytest.fixture
 def tokenizer(folder):
     return BPETokenizer(folder / "tokenizer.model")
+
+
+# Pictures and sounds -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def senses(folder, tmp_path_factory):
+    """A folder with a model that sees and hears, and a picture and two sounds, one of them too long."""
+    made = tmp_path_factory.mktemp("senses")
+    thinker = ThinkerConfig.from_json(folder / "config.json")
+    audio = AudioConfig(d=12, ff=16, layers=1, sample_rate=8000, n_fft=256, win_length=200)
+    vision = VisionConfig(img_size=16, patch=8, d=12, layers=1, ff=16)
+    config = OmniConfig(thinker, audio, vision)
+    config.to_json(made / "config.json")
+    save_checkpoint(made / "omni.safetensors", model=OmniLM.from_config(config))
+    (made / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 256, (20, 30, 3), np.uint8)).save(made / "a picture.png")
+    for name, seconds in (("sound", 0.4), ("long", 2.0)):
+        soundfile.write(made / f"{name}.wav", draw.uniform(-1, 1, int(16000 * seconds)), 16000)
+    return made
+
+
+def test_generate_looks_and_listens(senses):
+    prompt = ("generate", "--checkpoint", senses, "--prompt", "the fox", "--max-new-tokens", 5)
+    files = ("--image", senses / "a picture.png", "--audio", senses / "sound.wav")
+    ended = run(*prompt, *files, "--json")
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    found = json.loads(ended.stdout)
+    assert (found["image"], found["audio"]) == (str(files[1]), str(files[3]))
+    model = OmniLM.from_checkpoint(senses)
+    images = [load_image(senses / "a picture.png", size=16)]
+    mels = [model.features(load_audio(senses / "sound.wav", 8000))]
+    assert mels[0].shape == (21, 128)
+    ids = BPETokenizer(senses / "tokenizer.model").encode("the fox", add_bos=True)
+    made = generation.generate(model, ids, 5, images=images, mels=mels)
+    (row,) = found["rows"]
+    assert (row["tokens"], row["logprobs"]) == (made.tokens[0], made.logprobs[0])
+    assert run(*prompt, *files).stdout == row["text"] + "\n"
+    deaf = json.loads(run(*prompt, *files[:2], "--json").stdout)
+    assert "audio" not in deaf
+    assert deaf["rows"][0]["logprobs"] != row["logprobs"]
+    blind = json.loads(run(*prompt, "--json").stdout)
+    assert blind["rows"][0]["logprobs"] != deaf["rows"][0]["logprobs"]
+
+
+BAD_FILES = {
+    "no picture": (("--image", "/nowhere/a.png"), "'/nowhere/a.png' does not exist"),
+    "no sound": (("--audio", "/nowhere/a.wav"), "'/nowhere/a.wav' does not exist"),
+    "a picture to listen to": (("--audio", "a picture.png"), "a picture.png"),
+    "a sound to look at": (("--image", "sound.wav"), "sound.wav"),
+    "a long sound": (
+        ("--audio", "long.wav"),
+        "101 frames, which become 26 vectors: allowed are up to ctx_len // 4 = 12",
+    ),
+    "heads": (("--image", "a picture.png", "--n-heads", 2), "n_heads = 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_files_that_generate_refuses(senses, name):
+    given, words = BAD_FILES[name]
+    files = [senses / word if (senses / str(word)).is_file() else word for word in given]
+    line = refused(run("generate", "--checkpoint", senses, "--prompt", "the fox", *files))
+    assert words in line
+
+
+def test_a_model_that_cannot_see_says_so(folder, senses):
+    picture = ("--image", senses / "a picture.png")
+    line = refused(run("generate", "--checkpoint", folder, "--prompt", "the fox", *picture))
+    assert "no section 'vision'" in line
+    alone = json.loads((senses / "config.json").read_text(encoding="utf-8")) | {"audio": None}
+    (senses / "eyes.json").write_text(json.dumps(alone), encoding="utf-8")
+    sound = ("--audio", senses / "sound.wav", "--config", senses / "eyes.json")
+    line = refused(run("generate", "--checkpoint", senses, "--prompt", "the fox", *sound))
+    assert "no section 'audio'" in line
 
 
 def test_chat_answers_line_by_line(folder):

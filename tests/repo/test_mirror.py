@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 DIFFERENCES = [
     Difference(
-        "*.__init__|thinker.ThinkerLM.from_config|thinker.ThinkerLM.from_checkpoint",
+        "*.__init__|*.from_config|*.from_checkpoint",
         torch="",
         jax="rngs, dtype, param_dtype",
         reason="Flax modules take their random streams and dtypes when they are made; torch has a global generator "
@@ -227,6 +227,7 @@ ALIKE = [
     "inspection",
     "interrupt",
     "mel",
+    "omni_config",
     "progress",
     "prompting",
     "run_folder",

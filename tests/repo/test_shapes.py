@@ -35,6 +35,29 @@ for kind in kinds:
     logits = model(jax.numpy.asarray(tokens), attention_mask=jax.numpy.asarray(mask))
     loss = omni_jax.losses.cross_entropy(logits, jax.numpy.asarray(tokens))
     assert logits.shape == (2, 5, 61) and loss.shape == ()
+
+encoder = dict(d=12, heads=2, ff=16, layers=1)
+sections = {"thinker": sizes, "audio": encoder, "vision": encoder | dict(img_size=16, patch=8)}
+batch = {
+    "images": np.ones((2, 3, 16, 16), np.float32),
+    "mel": np.ones((2, 9, 128), np.float32),
+    "mel_lengths": np.array([9, 5], np.int32),
+    "has_image": np.array([True, False]),
+    "has_audio": np.array([True, True]),
+    "attention_mask": mask,
+}
+wave = np.ones(2000, np.float32)
+net = omni_torch.OmniLM.from_config(omni_torch.OmniConfig.from_dict(sections)).eval()
+given = {name: torch.from_numpy(value) for name, value in batch.items()}
+ids = torch.from_numpy(tokens).long()
+assert net(ids, **given).shape == (2, 9, 61) and net.loss(ids, ids, **given).shape == ()
+assert net.features(torch.from_numpy(wave)).shape == (13, 128)
+model = omni_jax.OmniLM.from_config(omni_jax.OmniConfig.from_dict(sections))
+model.eval()
+logits, loss = jax.eval_shape(lambda ids, batch: (model(ids, **batch), model.loss(ids, ids, **batch)), tokens, batch)
+assert logits.shape == (2, 9, 61) and loss.shape == ()
+assert jax.eval_shape(model.features, wave).shape == (13, 128)
+
 try:
     omni_torch.losses.cross_entropy(torch.zeros(2, 3, 61), torch.zeros(2, 3))  # float targets
 except TypeCheckError:

@@ -18,8 +18,10 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from omni_torch import layers
 from omni_torch.checkpoint import save_checkpoint
 from omni_torch.config import ThinkerConfig
+from omni_torch.fusion import OmniLM
 from omni_torch.generation import Generation, generate, simple_inference
 from omni_torch.layers import TokenIdError
+from omni_torch.omni_config import AudioConfig, OmniConfig, VisionConfig
 from omni_torch.sampling import apply_repetition_penalty, sample, truncated_probabilities
 from omni_torch.thinker import ThinkerLM
 from omni_torch.tokenizer import BPETokenizer
@@ -475,3 +477,125 @@ def test_one_transfer_in_a_step(options, monkeypatch) -> None:
     monkeypatch.setattr(layers, "check_token_ids", lambda *args: seen.append("a look"))
     generate(make("mha"), PROMPTS, max_new_tokens=5, eos_id=None, **options)
     assert seen == [(3, 3)] * 5
+
+
+# Pictures and clips --------------------------------------------------------------------------------------------------
+
+
+@cache
+def make_omni(ctx_len: int = 40) -> OmniLM:
+    torch.manual_seed(0)
+    thinker = ThinkerConfig(**(SIZES | {"ctx_len": ctx_len, "n_layers": 2}))
+    audio = AudioConfig(d=12, heads=3, ff=16, layers=1, dropout=0.0)
+    vision = VisionConfig(img_size=16, patch=8, d=12, layers=1, heads=2, ff=16, dropout=0.0)
+    model = OmniLM.from_config(OmniConfig(thinker, audio, vision)).eval()
+    model.thinker.lm_head.weight.data *= 4.0
+    return model
+
+
+def senses(seed: int = 0) -> tuple[list, list]:
+    """For three prompts: a picture, a clip of 13 frames, and both, with one of 30."""
+    draw = np.random.default_rng(seed)
+    images = [torch.from_numpy(draw.random((3, 16, 16), np.float32)) for _ in range(2)]
+    mels = [torch.from_numpy(draw.standard_normal((frames, 128), np.float32)) for frames in (13, 30)]
+    return [images[0], None, images[1]], [None, mels[0], mels[1]]
+
+
+@torch.no_grad()
+def omni_logits(model: OmniLM, ids: list[int], image, mel) -> torch.Tensor:
+    """Logits (V,) after `ids` by a full forward."""
+    given = {"images": None if image is None else image[None], "mel": None if mel is None else mel[None]}
+    return model(torch.tensor([ids]), **given)[0, -1]
+
+
+def test_pictures_and_clips_stand_before_their_prompts() -> None:
+    """Prompts of unequal length, each with another sense: greedy is the full forwards', and each row is as alone."""
+    model, (images, mels) = make_omni(), senses()
+    result = generate(model, PROMPTS, 6, eos_id=None, images=images, mels=mels)
+    for prompt, image, mel, tokens, logprobs in zip(PROMPTS, images, mels, result.tokens, result.logprobs, strict=True):
+        ids = list(prompt)
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            expected = omni_logits(model, ids, image, mel).log_softmax(dim=0)
+            assert token == int(expected.argmax())
+            assert abs(logprob - float(expected[token])) <= 200 * EPS * float(expected.abs().max())
+            ids.append(token)
+        assert generate(model, prompt, 6, eos_id=None, images=[image], mels=[mel]).tokens == [tokens]
+    streamed = list(generate(model, PROMPTS, 6, eos_id=None, images=images, mels=mels, stream=True))
+    assert [list(row) for row in zip(*streamed, strict=True)] == result.tokens
+    sampled = generate(model, PROMPTS, 3, 1.0, num_samples=2, repetition_penalty=1.5, images=images, mels=mels)
+    assert len(sampled.tokens) == 6
+
+
+def test_an_omni_without_anything_to_see_is_its_thinker() -> None:
+    model = make_omni()
+    expected = generate(model.thinker, PROMPTS, 6, eos_id=None)
+    assert generate(model, PROMPTS, 6, eos_id=None) == expected
+    assert generate(model, PROMPTS, 6, eos_id=None, images=[None] * 3, mels=[None] * 3) == expected
+
+
+def test_a_picture_changes_what_is_said() -> None:
+    model, (images, _) = make_omni(), senses()
+    seen = generate(model, PROMPTS[0], 4, images=images[:1], eos_id=None)
+    assert seen.logprobs != generate(model, PROMPTS[0], 4, eos_id=None).logprobs
+    dark = generate(model, PROMPTS[0], 4, images=[torch.zeros(3, 16, 16)], eos_id=None)
+    assert seen.logprobs != dark.logprobs
+
+
+def test_a_compiled_omni() -> None:
+    model, (images, mels) = make_omni(), senses()
+    given = {"images": images, "mels": mels, "eos_id": None}
+    compiled = torch.compile(model, backend="eager")
+    assert generate(compiled, PROMPTS, 4, **given).tokens == generate(model, PROMPTS, 4, **given).tokens
+
+
+def test_up_to_the_last_position_with_pictures() -> None:
+    """6 tokens after 1 vector of a picture and 8 of 30 frames leave 25 of 40."""
+    model, (images, mels) = make_omni(), senses()
+    given = {"images": images[2:], "mels": mels[2:], "eos_id": None}
+    assert len(generate(model, PROMPTS[0], **given).tokens[0]) == 25
+    with pytest.raises(ValueError, match="with its picture and clip, of 15 tokens goes beyond ctx_len=40"):
+        generate(model, PROMPTS[0], 26, **given)
+    with pytest.raises(ValueError, match="with its picture and clip, has 42 tokens"):
+        generate(model, list(range(31)) + [3, 4], **given)
+    assert len(generate(model, PROMPTS[0], 60, window=True, **given).tokens[0]) == 60
+
+
+BAD_SENSES = {
+    "too few": ({"images": [None]}, "images is 1 entries: must be a list with one entry for each of 2"),
+    "no list": ({"mels": np.zeros((2, 20, 128), np.float32)}, "mels is a ndarray"),
+    "sizes": (
+        {"images": [np.zeros((3, 16, 16)), np.zeros((3, 8, 8))]},
+        r"\(3, 8, 8\), \(3, 16, 16\): .*the same for all",
+    ),
+    "a batch": ({"images": [np.zeros((1, 3, 16, 16)), None]}, r"\(1, 3, 16, 16\): must be \(3, H, W\)"),
+    "patches": ({"images": [np.zeros((3, 12, 16)), None]}, "12 × 16"),
+    "levels": ({"images": [None, np.zeros((3, 16, 16), np.uint8)]}, r"images\[1\] has dtype uint8"),
+    "words": ({"images": ["a.png", None]}, r"images\[0\]"),
+    "NaN": ({"images": [None, np.full((3, 16, 16), np.nan)]}, "images holds NaN"),
+    "NaN in a clip": ({"mels": [None, np.full((9, 128), np.nan)]}, "mel holds NaN"),
+    "bands": ({"mels": [None, np.zeros((20, 80))]}, r"mels\[1\] has shape \(20, 80\)"),
+    "no frames": ({"mels": [None, np.zeros((0, 128))]}, r"mels\[1\] has shape \(0, 128\)"),
+    "too long": (
+        {"mels": [np.zeros((41, 128)), None]},
+        r"mels\[0\] has 41 frames, .*= 10, that is 40 frames or 0\.39 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SENSES)
+def test_senses_it_refuses(name, monkeypatch) -> None:
+    given, message = BAD_SENSES[name]
+    monkeypatch.setattr(OmniLM, "encode", None)  # no work before
+    with pytest.raises(ValueError, match=message):
+        generate(make_omni(), PROMPTS[:2], 3, stream=True, **given)
+
+
+def test_models_that_cannot_see_or_hear() -> None:
+    images, mels = senses()
+    with pytest.raises(ValueError, match=r"images are given, .*no section 'vision'"):
+        generate(make(), PROMPTS, 3, images=images)
+    blind = OmniLM.from_config(OmniConfig(ThinkerConfig(**SIZES), AudioConfig(d=12, ff=16, layers=1))).eval()
+    with pytest.raises(ValueError, match=r"images are given, .*no section 'vision'"):
+        generate(blind, PROMPTS, 3, images=images, mels=mels)
+    with pytest.raises(ValueError, match=r"mels are given, .*no section 'audio'"):
+        generate(blind.thinker, PROMPTS, 3, mels=mels)

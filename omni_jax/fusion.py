@@ -1,0 +1,556 @@
+"""Pictures, clips and text in one sequence of embeddings, and OmniLM, the model that reads it.
+
+Shapes: B batch, I image vectors, U audio vectors, T text tokens, N all of them, D model, M mel bands, S samples,
+H height, W width, V vocabulary.
+
+Inside jit the values of masks, lengths, pictures and mels are not known, and are not checked.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from .audio import log_mel, mel_spectrogram
+from .audio_encoder import AudioEncoderTiny, _check_mel
+from .config import PAD_ID
+from .layers import _check_array, _linear
+from .losses import cross_entropy
+from .omni_config import OmniConfig
+from .thinker import ThinkerLM, _fresh, _loaded_dtype
+from .vision import _check_images
+from .vision_encoder import ViTTiny
+
+__all__ = ["Fused", "fuse", "fuse_chunks", "OmniLM", "split_frozen"]
+
+_POLICIES = ("family", "longest", "error")
+
+
+class Fused(NamedTuple):
+    """Embeddings of several modalities in one sequence.
+
+    embeddings: (B, N, D), 0 where a row lacks the modality. attention_mask: (B, N), True where it has it, as
+    ThinkerLM takes it. targets: (B, N), the token after each position, PAD where none is to be predicted; or None.
+    """
+
+    embeddings: Float[Array, "B N D"]
+    attention_mask: Bool[Array, "B N"]
+    targets: Int[Array, "B N"] | None
+
+
+def fuse(
+    image: Float[Array, "B I D"] | None = None,
+    audio: Float[Array, "B U D"] | None = None,
+    text: Float[Array, "B T D"] | None = None,
+    *,
+    audio_mask: Bool[Array, " B"] | Bool[Array, "B U"] | None = None,
+    image_mask: Bool[Array, " B"] | Bool[Array, "B I"] | None = None,
+    text_mask: Bool[Array, " B"] | Bool[Array, "B T"] | None = None,
+    targets: Int[Array, "B T"] | None = None,
+    ctx_len: int | None = None,
+    policy: str = "family",
+) -> Fused:
+    """Embeddings (B, N, D) one after the other: image, audio, text, those that are given.
+
+    A mask is False where a row lacks the modality, (B,), or where a vector of it is padding; the embeddings there are
+    never read. `targets` are the next token of each text position; those of all others become PAD, which the loss
+    ignores.
+
+    With `ctx_len`, what is too long is cut at its end, by `policy`:
+        "family": audio to ctx_len // 4, always; then text beside others to ctx_len − (image + audio) − 1, at least 1.
+        "longest": the longest modality, vector by vector, the first of several, until all fit.
+        "error": not at all.
+    Lengths are those of the batch, padding included, whatever the masks say.
+
+    Raises:
+        ValueError: nothing given; shapes, dtypes or batches that do not fit together; a policy that is not known;
+            "longest" or "error" that cannot make it fit.
+    """
+    parts, masks, targets = _checked_parts(image, audio, text, image_mask, audio_mask, text_mask, targets)
+    lengths = {name: part.shape[1] for name, part in parts.items()}
+    if policy not in _POLICIES:
+        raise ValueError(f"policy = {policy!r}: must be one of {', '.join(_POLICIES)}; give 'family'")
+    if ctx_len is not None:
+        lengths = _cut_lengths(lengths, _check_ctx_len(ctx_len), policy)
+    return _join(parts, masks, targets, {name: slice(0, length) for name, length in lengths.items()})
+
+
+def fuse_chunks(
+    image: Float[Array, "B I D"] | None = None,
+    audio: Float[Array, "B U D"] | None = None,
+    text: Float[Array, "B T D"] | None = None,
+    *,
+    audio_mask: Bool[Array, " B"] | Bool[Array, "B U"] | None = None,
+    image_mask: Bool[Array, " B"] | Bool[Array, "B I"] | None = None,
+    text_mask: Bool[Array, " B"] | Bool[Array, "B T"] | None = None,
+    targets: Int[Array, "B T"] | None = None,
+    ctx_len: int,
+) -> list[Fused]:
+    """As `fuse`, but nothing is cut off: a list, each at most ctx_len long.
+
+    The longest modality (the first of several) comes in consecutive chunks, the last one may be shorter; the others
+    are repeated in each, with their targets.
+
+    Raises:
+        ValueError: as `fuse`; the other modalities alone leave no place in ctx_len.
+    """
+    parts, masks, targets = _checked_parts(image, audio, text, image_mask, audio_mask, text_mask, targets)
+    lengths = {name: part.shape[1] for name, part in parts.items()}
+    longest = max(lengths, key=lengths.__getitem__)
+    room = _check_ctx_len(ctx_len) - sum(lengths.values()) + lengths[longest]
+    if room < 1:
+        raise ValueError(
+            f"{_listed(lengths)} do not fit into ctx_len={ctx_len}: without {longest}, which comes in chunks, they "
+            "must be shorter; cut them"
+        )
+    whole = {name: slice(0, length) for name, length in lengths.items()}
+    chunks = [slice(start, start + room) for start in range(0, lengths[longest], room)]
+    return [_join(parts, masks, targets, whole | {longest: chunk}) for chunk in chunks]
+
+
+class OmniLM(nnx.Module):
+    """ThinkerLM with ears and eyes: encoders, a linear layer (with bias) behind each, and the language model.
+
+    A picture becomes one vector, the CLS token's, a clip one for every downsample_factor mel frames; they stand before
+    the text: image, audio, text. `config` keeps the argument. A member whose section the config lacks is None.
+    Weights start from torch's default initialisation; `from_config` draws them much faster. A new model is in training
+    mode: call `model.eval()` before inference, or dropout is on.
+
+    `dtype` is the compute dtype, None for the parameters' own; `param_dtype` is what the parameters are stored in.
+
+    Raises:
+        ValueError: what the members' constructors refuse.
+    """
+
+    def __init__(
+        self, config: OmniConfig, *, rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
+    ) -> None:
+        kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        audio, vision, D = config.audio, config.vision, config.thinker.d_model
+        self.thinker = ThinkerLM(**config.thinker.to_dict(), **kinds)
+        # Each is set once: nnx would not take a module in the place of a None.
+        if audio is None:
+            self.audio_encoder = self.proj_a = None
+        else:
+            sizes = (audio.d, audio.heads, audio.ff, audio.layers, audio.dropout, audio.downsample_factor)
+            self.audio_encoder = AudioEncoderTiny(*sizes, **kinds)
+            self.proj_a = _linear(audio.d, D, use_bias=True, **kinds)
+        if vision is None:
+            self.vision_encoder = self.proj_v = None
+        else:
+            sizes = (vision.img_size, vision.patch, vision.d, vision.layers, vision.heads, vision.ff, vision.dropout)
+            self.vision_encoder = ViTTiny(*sizes, **kinds)
+            self.proj_v = _linear(vision.d, D, use_bias=True, **kinds)
+
+    @classmethod
+    def from_config(
+        cls, config: OmniConfig, *, rngs: nnx.Rngs | None = None, dtype: Any = None, param_dtype: Any = jnp.float32
+    ) -> OmniLM:
+        """The model that `config` describes, with fresh weights, cheaply: as ThinkerLM.from_config."""
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        return _fresh(lambda rngs: cls(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype), rngs)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        config: OmniConfig | str | os.PathLike[str] | None = None,
+        audio: str | os.PathLike[str] | None = None,
+        vision: str | os.PathLike[str] | None = None,
+        rngs: nnx.Rngs | None = None,
+        dtype: Any = None,
+        param_dtype: Any = None,
+    ) -> OmniLM:
+        """The model in a checkpoint file, or in the best one of a folder; in evaluation mode, so that dropout is off.
+
+        The file is an export or a dict {thinker, proj_a, proj_v, ...}. The encoders are in it, or in files of their
+        own, {enc, ...} and {vit, ...}: `audio` and `vision`. The config is the one given, or that of a file, or
+        config.json beside the checkpoint; parts that it has no section for are left out. `param_dtype=None` is the
+        file's own.
+
+        Raises:
+            CheckpointError: a file cannot be read, or its weights are not those of such a model.
+            ValueError: there is no config, it cannot be read, or is that of another model; the file is in float64, and
+                JAX is not.
+        """
+        from .architecture import read_omni
+        from .checkpoint import load_weights
+
+        weights, found, stored = read_omni(path, config, audio, vision)
+        param_dtype = _loaded_dtype(path, stored, param_dtype)
+        if param_dtype.name != stored:
+            weights = {key: np.asarray(value).astype(param_dtype) for key, value in weights.items()}
+        model = cls.from_config(found, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        load_weights(model, weights).eval()
+        return model
+
+    def features(self, wave: Float[Array, "B S"] | Float[Array, " S"]) -> Float[Array, "B F M"] | Float[Array, "F M"]:
+        """What the audio encoder reads of each wave: (B, frames, 128), or (frames, 128) for one (S,).
+
+            (log10(max(mel, 1e-10)) + 4) / 4
+
+        of mel_spectrogram by the config's sample_rate, n_fft, hop_length and win_length: about −1.5 for silence,
+        2.1 for a full tone. The numbers are constants: neither the rest of the clip nor the batch changes a frame.
+
+        Raises:
+            ValueError: a model without audio section; what mel_spectrogram refuses.
+        """
+        audio = self.config.audio
+        if audio is None:
+            raise ValueError(_lacks("audio"))
+        mel = mel_spectrogram(wave, audio.sample_rate, audio.n_fft, audio.hop_length, audio.win_length)
+        return jnp.swapaxes(log_mel(mel, floor=1e-10) / math.log(10.0) + 4.0, -1, -2) / 4.0
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        images: Float[Array, "B 3 H W"] | None = None,
+        mel: Float[Array, "B F M"] | None = None,
+        mel_lengths: Int[Array, " B"] | None = None,
+        has_image: Bool[Array, " B"] | None = None,
+        has_audio: Bool[Array, " B"] | None = None,
+        attention_mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B N V"]:
+        """Logits (B, N, V) for the token after each position of the fused sequence.
+
+        images (B, 3, H, W) in [0, 1]; mel (B, frames, 128), as `features` gives it, of which each clip has the first
+        mel_lengths (None: all). has_image and has_audio (B,) say which rows have them (None: all); what the others
+        hold there is never read, and they are as they would be without. `attention_mask` (B, T) is True for tokens that
+        are not padding. The last T of the N positions are the text's, unless it was cut: all is cut to ctx_len as the
+        family does (see `fuse`).
+
+        Raises:
+            ValueError: an input of another shape or dtype, of a sense that the model lacks, or without what it is
+                about; NaN or Inf in it; a clip without frames.
+            TokenIdError: a token id out of range (inside jit: a row of NaN).
+        """
+        fused = self._fuse(tokens, None, images, mel, mel_lengths, has_image, has_audio, attention_mask)
+        return self.thinker(embeddings=fused.embeddings, attention_mask=fused.attention_mask)
+
+    def loss(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        *,
+        images: Float[Array, "B 3 H W"] | None = None,
+        mel: Float[Array, "B F M"] | None = None,
+        mel_lengths: Int[Array, " B"] | None = None,
+        has_image: Bool[Array, " B"] | None = None,
+        has_audio: Bool[Array, " B"] | None = None,
+        attention_mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, ""]:
+        """Mean cross-entropy, a scalar, over the targets that are not PAD: the token after each of `tokens`.
+
+        The other arguments are the call's.
+
+        Raises:
+            ValueError, TokenIdError: as the call; targets of another shape, not integers, or out of range.
+        """
+        fused = self._fuse(tokens, targets, images, mel, mel_lengths, has_image, has_audio, attention_mask)
+        assert fused.targets is not None
+        logits = self.thinker(embeddings=fused.embeddings, attention_mask=fused.attention_mask)
+        return cross_entropy(logits, fused.targets)
+
+    def encode(
+        self,
+        images: Float[Array, "B 3 H W"] | None = None,
+        mel: Float[Array, "B F M"] | None = None,
+        mel_lengths: Int[Array, " B"] | None = None,
+        has_image: Bool[Array, " B"] | None = None,
+        has_audio: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Bool[Array, "B N"]]:
+        """What stands before the text: embeddings (B, N, D) and mask (B, N). The arguments are the call's.
+
+        Raises:
+            ValueError: as the call; neither images nor mel.
+        """
+        encoded = self._encode(None, images, mel, mel_lengths, has_image, has_audio)
+        fused = fuse(**encoded, ctx_len=self.config.thinker.ctx_len)
+        return fused.embeddings, fused.attention_mask
+
+    def _fuse(
+        self,
+        tokens: Any,
+        targets: Any,
+        images: Any,
+        mel: Any,
+        mel_lengths: Any,
+        has_image: Any,
+        has_audio: Any,
+        attention_mask: Any,
+    ) -> Fused:
+        _check_array("tokens", tokens)
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}: must be (B, T) with at least one entry on each axis; add "
+                "the missing axis, for example tokens[None]"
+            )
+        if attention_mask is not None:
+            _check_mask("attention_mask", attention_mask, [tuple(tokens.shape)])
+        text = self.thinker.tok_emb(tokens)
+        encoded = self._encode(len(tokens), images, mel, mel_lengths, has_image, has_audio)
+        return fuse(
+            **encoded, text=text, text_mask=attention_mask, targets=targets, ctx_len=self.config.thinker.ctx_len
+        )
+
+    def _encode(
+        self, batch: int | None, images: Any, mel: Any, mel_lengths: Any, has_image: Any, has_audio: Any
+    ) -> dict[str, Any]:
+        """The arguments of `fuse` for image and audio."""
+        images, mel, mel_lengths = self._checked(batch, images, mel, mel_lengths, has_image, has_audio)
+        made: dict[str, Any] = {}
+        dtype = self.thinker.tok_emb.embedding.dtype if self.thinker.dtype is None else self.thinker.dtype
+        if images is not None:
+            assert self.vision_encoder is not None
+            assert self.proj_v is not None
+            cls_B1D, _ = self.vision_encoder(images)
+            made |= {"image": self.proj_v(cls_B1D).astype(dtype), "image_mask": has_image}
+        if mel is not None:
+            assert self.audio_encoder is not None
+            assert self.proj_a is not None
+            audio_mask = has_audio
+            if mel_lengths is None:
+                audio_BUD = self.audio_encoder(mel)
+            else:
+                audio_BUD, lengths = self.audio_encoder(mel, mel_lengths)
+                audio_mask = _before(lengths, audio_BUD.shape[1])
+                audio_mask = audio_mask if has_audio is None else audio_mask & has_audio[:, None]
+            made |= {"audio": self.proj_a(audio_BUD).astype(dtype), "audio_mask": audio_mask}
+        return made
+
+    def _checked(
+        self, batch: int | None, images: Any, mel: Any, mel_lengths: Any, has_image: Any, has_audio: Any
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """images, mel and mel_lengths, without what is not to be read in them, before anything is computed."""
+        about = {"has_image": (has_image, "images", images), "has_audio": (has_audio, "mel", mel)}
+        for other, (given, name, x) in (about | {"mel_lengths": (mel_lengths, "mel", mel)}).items():
+            if given is not None and x is None:
+                raise ValueError(f"{other} is given without {name}, which it is about; pass {name}=, or leave it out")
+        if images is not None:
+            if self.vision_encoder is None:
+                raise ValueError(_lacks("vision"))
+            _check_images(images, self.vision_encoder.patch)
+            batch = _check_batch("images", images, batch)
+            images = _present("images", images, has_image)
+        if mel is not None:
+            if self.audio_encoder is None:
+                raise ValueError(_lacks("audio"))
+            _check_mel(mel)
+            batch = _check_batch("mel", mel, batch)
+            if has_audio is not None:
+                _check_mask("has_audio", has_audio, [(batch,)])
+            mel_lengths, kept = _lengths(mel, mel_lengths, has_audio)
+            mel = _present("mel", mel, kept)
+        return images, mel, mel_lengths
+
+
+def split_frozen(params: nnx.State, frozen: Sequence[str]) -> tuple[nnx.State, nnx.State]:
+    """The trainable parameters and the frozen ones, of a state as nnx.split(model, nnx.Param, ...) gives it.
+
+    `frozen` are dotted names of modules or parameters, such as "vision_encoder" or "thinker.blocks.0". Give an
+    optimizer the first alone: the others then keep every bit, whatever its weight decay. nnx.merge(graphdef, trainable,
+    frozen, rest) takes them both, for trees of any shapes.
+
+    Raises:
+        ValueError: a name that no parameter begins with; nothing left to train.
+    """
+    flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(params)}
+    prefixes = _check_prefixes(frozen, list(flat))
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for name, leaf in flat.items():
+        parts[f"{name}.".startswith(prefixes)].append(leaf)
+    if not parts[0]:
+        raise ValueError(f"frozen = {list(frozen)}: must leave a parameter to train; freeze fewer")
+    return nnx.from_flat_state(parts[0]), nnx.from_flat_state(parts[1])
+
+
+# Pieces of fuse ------------------------------------------------------------------------------------------------------
+
+
+def _checked_parts(
+    image: Any, audio: Any, text: Any, image_mask: Any, audio_mask: Any, text_mask: Any, targets: Any
+) -> tuple[dict[str, Array], dict[str, Array], Array | None]:
+    """The modalities that are given and their masks (B, length), in the order of the sequence."""
+    given = {"image": (image, image_mask), "audio": (audio, audio_mask), "text": (text, text_mask)}
+    parts: dict[str, Array] = {}
+    masks: dict[str, Array] = {}
+    for name, (part, mask) in given.items():
+        if part is None:
+            if mask is not None:
+                raise ValueError(f"{name}_mask is given without {name}; pass {name}= or leave it out")
+            continue
+        _check_array(name, part)
+        part = jnp.asarray(part)
+        if part.ndim != 3 or 0 in part.shape or not jnp.issubdtype(part.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has shape {tuple(part.shape)} and dtype {part.dtype}: must be floating point of shape "
+                "(B, length, D), with at least one entry on each axis; give embeddings"
+            )
+        first = next(iter(parts.values()), part)
+        if (part.shape[0], part.shape[2], part.dtype) != (first.shape[0], first.shape[2], first.dtype):
+            raise ValueError(
+                f"{name} is {part.dtype} of shape {tuple(part.shape)} beside {first.dtype} of shape "
+                f"{tuple(first.shape)}: batch, last axis and dtype must be equal; project and cast them first"
+            )
+        B, length, _ = part.shape
+        if mask is None:
+            mask = jnp.ones((1, 1), jnp.bool_)
+        else:
+            _check_mask(f"{name}_mask", mask, [(B,), (B, length)])
+        mask = jnp.asarray(mask)
+        mask = mask[:, None] if mask.ndim == 1 else mask
+        parts[name], masks[name] = part, jnp.broadcast_to(mask, (B, length))
+    if not parts:
+        raise ValueError("image, audio and text are all None: must be one of them at least; give embeddings")
+    if targets is not None:
+        _check_array("targets", targets)
+        whole = jnp.issubdtype(targets.dtype, jnp.integer)
+        wanted = tuple(text.shape[:2]) if text is not None else None
+        if tuple(targets.shape) != wanted or not whole:
+            raise ValueError(
+                f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}: must be integers, one "
+                f"for each text position, {wanted or 'and there is no text'}; give the next token of each"
+            )
+    return parts, masks, targets
+
+
+def _cut_lengths(lengths: dict[str, int], ctx_len: int, policy: str) -> dict[str, int]:
+    lengths = dict(lengths)
+    total = sum(lengths.values())
+    if policy == "family":
+        if "audio" in lengths:
+            lengths["audio"] = min(lengths["audio"], max(ctx_len // 4, 1))
+        if "text" in lengths:
+            others = sum(lengths.values()) - lengths["text"]
+            lengths["text"] = min(lengths["text"], max(ctx_len - others - 1, 1) if others else ctx_len)
+        return lengths
+    if total > ctx_len and (policy == "error" or len(lengths) > ctx_len):
+        raise ValueError(
+            f"{_listed(lengths)} are {total}: must be at most ctx_len={ctx_len}; cut them, or use policy='family' or "
+            "'longest', or fuse_chunks"
+        )
+    for _ in range(total - ctx_len):
+        lengths[max(lengths, key=lengths.__getitem__)] -= 1
+    return lengths
+
+
+def _join(parts: dict[str, Array], masks: dict[str, Array], targets: Array | None, spans: dict[str, slice]) -> Fused:
+    mask_BN = jnp.concatenate([mask[:, spans[name]] for name, mask in masks.items()], axis=1)
+    joined_BND = jnp.concatenate([part[:, spans[name]] for name, part in parts.items()], axis=1)
+    # where, not a product: a NaN that is masked out must not come through.
+    embeddings_BND = jnp.where(mask_BN[:, :, None], joined_BND, jnp.zeros((), joined_BND.dtype))
+    if targets is None:
+        return Fused(embeddings_BND, mask_BN, None)
+    targets = jnp.asarray(targets)[:, spans["text"]]
+    B, N = mask_BN.shape
+    others = jnp.full((B, N - targets.shape[1]), PAD_ID, targets.dtype)
+    return Fused(embeddings_BND, mask_BN, jnp.concatenate([others, targets], axis=1))
+
+
+def _listed(lengths: dict[str, int]) -> str:
+    return ", ".join(f"{length} of {name}" for name, length in lengths.items())
+
+
+def _check_ctx_len(ctx_len: Any) -> int:
+    if isinstance(ctx_len, bool) or not isinstance(ctx_len, int) or ctx_len < 1:
+        raise ValueError(f"ctx_len = {ctx_len!r}: must be an integer from 1 up; give the model's")
+    return ctx_len
+
+
+# Pieces of OmniLM ----------------------------------------------------------------------------------------------------
+
+
+def _lacks(sense: str) -> str:
+    what = "pictures" if sense == "vision" else "sound"
+    return f"the model cannot read {what}: its config has no section {sense!r}; leave it out, or give another model"
+
+
+def _check_mask(name: str, mask: Any, shapes: list[tuple[int, ...]]) -> None:
+    _check_array(name, mask)
+    if mask.dtype != jnp.bool_ or tuple(mask.shape) not in shapes:
+        raise ValueError(
+            f"{name} is {mask.dtype} of shape {tuple(mask.shape)}: must be boolean of shape "
+            f"{' or '.join(map(str, shapes))}; give True for what is there"
+        )
+
+
+def _check_batch(name: str, x: Any, batch: int | None) -> int:
+    """That it is floating, and has a row for each of the text's."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {x.dtype}: must be floating point; divide levels of 0 … 255 by 255")
+    if batch is not None and len(x) != batch:
+        raise ValueError(
+            f"{name} has {len(x)} rows, and the batch {batch}: must be equal; fill up rows without one, and say which "
+            f"they are: has_{'image' if name == 'images' else 'audio'}="
+        )
+    return len(x)
+
+
+def _lengths(mel: Any, mel_lengths: Any, has_audio: Any) -> tuple[Array | None, Any]:
+    """(mel_lengths, 1 in rows without a clip; which frames are to be read), None for all of both."""
+    if mel_lengths is None:
+        return None, has_audio
+    _check_array("mel_lengths", mel_lengths)
+    B, frames, _ = mel.shape
+    whole = jnp.issubdtype(mel_lengths.dtype, jnp.integer)
+    if tuple(mel_lengths.shape) != (B,) or not whole:
+        raise ValueError(
+            f"mel_lengths have shape {tuple(mel_lengths.shape)} and dtype {mel_lengths.dtype}: must be integers "
+            f"of shape {(B,)}; give each clip's number of frames"
+        )
+    mel_lengths = jnp.asarray(mel_lengths).astype(jnp.int32)
+    if has_audio is not None:
+        mel_lengths = jnp.where(has_audio, mel_lengths, 1)
+    if not isinstance(mel_lengths, Tracer):
+        for i, length in enumerate(np.asarray(mel_lengths).tolist()):
+            if not 1 <= length <= frames:
+                raise ValueError(
+                    f"mel_lengths[{i}] = {length}: must be from 1 to the {frames} frames of mel; a row without a clip "
+                    "is False in has_audio="
+                )
+    kept = _before(mel_lengths, frames)
+    return mel_lengths, kept if has_audio is None else kept & has_audio[:, None]
+
+
+def _before(lengths: Array, count: int) -> Array:
+    return jnp.arange(count, dtype=lengths.dtype)[None] < lengths[:, None]
+
+
+def _present(name: str, x: Any, kept: Any) -> Array:
+    """x, 0 where it is not to be read, so that a NaN there has no gradient either; the rest must be finite."""
+    x = jnp.asarray(x)
+    if kept is not None:
+        if name == "images":
+            _check_mask("has_image", kept, [(len(x),)])
+        kept = jnp.reshape(kept, kept.shape + (1,) * (x.ndim - kept.ndim))
+        x = jnp.where(kept, x, jnp.zeros((), x.dtype))
+    if not isinstance(x, Tracer):  # inside jit the values are not known
+        bad = ~np.isfinite(np.asarray(x))
+        if bad.any():
+            raise ValueError(
+                f"{name} holds NaN or Inf, first at {np.argwhere(bad)[0].tolist()}: must be finite; look at where it "
+                "comes from"
+            )
+    return x
+
+
+def _check_prefixes(frozen: Sequence[str], names: list[str]) -> tuple[str, ...]:
+    if isinstance(frozen, str):
+        raise ValueError(f"frozen = {frozen!r}: must be a list of names; give [{frozen!r}]")
+    prefixes = tuple(f"{prefix.removesuffix('.')}." for prefix in frozen)
+    for prefix in prefixes:
+        if not any(f"{name}.".startswith(prefix) for name in names):
+            first = ", ".join(sorted({name.partition(".")[0] for name in names}))
+            raise ValueError(f"frozen = {prefix[:-1]!r} is no module or parameter of the model; it has {first}")
+    return prefixes

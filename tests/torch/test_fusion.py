@@ -1,0 +1,492 @@
+"""fuse, OmniLM and split_frozen: order, masks, policies, rows that lack a modality, what is refused, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omni_torch import AdamW, CheckpointError, cross_entropy, load_checkpoint, load_weights, save_checkpoint
+from omni_torch.audio import mel_spectrogram
+from omni_torch.checkpoint import export_weights, load_report
+from omni_torch.config import PAD_ID, ThinkerConfig
+from omni_torch.fusion import OmniLM, fuse, fuse_chunks, split_frozen
+from omni_torch.layers import TokenIdError
+from omni_torch.omni_config import AudioConfig, OmniConfig, VisionConfig
+from omni_torch.thinker import ThinkerLM
+
+THINKER = ThinkerConfig(31, 2, 24, 4, 20, dropout=0.0, ctx_len=24, use_gqa=True)
+AUDIO = AudioConfig(d=12, heads=3, ff=16, layers=1, dropout=0.0)
+VISION = VisionConfig(img_size=16, patch=8, d=12, layers=1, heads=2, ff=16, dropout=0.0)
+CONFIG = OmniConfig(THINKER, AUDIO, VISION)
+EPS = float(np.finfo(np.float64).eps)
+SUM = 1000
+"""More roundings than one logit of this model has on its way."""
+
+
+@cache
+def make(config: OmniConfig = CONFIG) -> OmniLM:
+    torch.manual_seed(0)
+    model = OmniLM.from_config(config).double().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # cls, pos and biases of attention start at 0
+            p += 0.1 * torch.randn_like(p) if name.startswith("vision_encoder") else 0.0
+    return model
+
+
+def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Row 0 sees, row 1 hears 9 of 20 frames, row 2 does both, row 3 neither; NaN is where nothing may be read."""
+    draw = np.random.default_rng(seed)
+    images, mel = draw.random((4, 3, 16, 16)), draw.standard_normal((4, 20, 128))
+    images[[1, 3]] = mel[[0, 3]] = mel[1, 9:] = np.nan
+    has = {"has_image": np.array([True, False, True, False]), "has_audio": np.array([False, True, True, False])}
+    given = {"images": images, "mel": mel, "mel_lengths": np.array([0, 9, 20, 0]), **has}
+    return {name: torch.from_numpy(value) for name, value in given.items()}
+
+
+def tokens(rows: int = 4, time: int = 6) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(1).integers(3, 31, (rows, time)))
+
+
+def embeddings(*lengths: int) -> list[torch.Tensor]:
+    draw = np.random.default_rng(2)
+    return [torch.from_numpy(draw.standard_normal((2, length, 8))) for length in lengths]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    found, expected = found.detach(), expected.detach()
+    assert float((found - expected).abs().max()) <= SUM * EPS * float(expected.abs().max())
+
+
+def assert_says(error: pytest.ExceptionInfo[BaseException], *names: str) -> None:
+    assert all(name in str(error.value) for name in names), error.value
+
+
+# fuse ----------------------------------------------------------------------------------------------------------------
+
+
+def test_exercise_7() -> None:
+    """One image vector, 10 of audio and 5 of text of width 256 make 16."""
+    draw = np.random.default_rng(0)
+    parts = [torch.from_numpy(draw.standard_normal((1, length, 256))) for length in (1, 10, 5)]
+    fused = fuse(*parts)
+    assert fused.embeddings.shape == (1, 16, 256)
+    assert torch.equal(fused.embeddings, torch.cat(parts, dim=1))
+    assert fused.attention_mask.shape == (1, 16)
+    assert bool(fused.attention_mask.all())
+    assert fused.targets is None
+
+
+def test_masks_and_targets() -> None:
+    image, audio, text = embeddings(1, 3, 2)
+    image[1] = audio[0, 2] = math.nan
+    audio_mask = torch.tensor([[True, True, False], [True, True, True]])
+    targets = torch.tensor([[5, 6], [7, PAD_ID]])
+    fused = fuse(image, audio, text, image_mask=torch.tensor([True, False]), audio_mask=audio_mask, targets=targets)
+    assert fused.attention_mask.tolist() == [[True, True, True, False, True, True], [False] + [True] * 5]
+    assert bool((fused.embeddings[~fused.attention_mask] == 0).all())
+    assert torch.equal(fused.embeddings[:, 4:], text)
+    assert fused.targets is not None
+    assert fused.targets.tolist() == [[PAD_ID] * 4 + [5, 6], [PAD_ID] * 4 + [7, PAD_ID]]
+
+
+def test_what_is_masked_out_has_no_gradient() -> None:
+    image, text = (part.requires_grad_() for part in embeddings(1, 2))
+    fuse(image, text=text, image_mask=torch.tensor([True, False])).embeddings.sum().backward()
+    assert image.grad is not None
+    assert image.grad[:, 0, 0].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "ctx_len", "lengths"),
+    [
+        ("family", 40, (1, 10, 9)),
+        ("family", 20, (1, 5, 9)),  # the audio, always, although all would fit
+        ("family", 12, (1, 3, 7)),
+        ("family", 4, (1, 1, 1)),
+        ("longest", 20, (1, 10, 9)),
+        ("longest", 19, (1, 9, 9)),
+        ("longest", 18, (1, 8, 9)),
+        ("longest", 10, (1, 4, 5)),
+        ("longest", 3, (1, 1, 1)),
+        ("error", 20, (1, 10, 9)),
+    ],
+)
+def test_policies(policy, ctx_len, lengths) -> None:
+    parts = embeddings(1, 10, 9)
+    targets = torch.arange(3, 21).reshape(2, 9)
+    fused = fuse(*parts, targets=targets, ctx_len=ctx_len, policy=policy)
+    cut = torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1)
+    assert torch.equal(fused.embeddings, cut)
+    assert fused.targets is not None
+    assert torch.equal(fused.targets[:, -lengths[2] :], targets[:, : lengths[2]])
+
+
+def test_text_alone_may_fill_the_context() -> None:
+    (text,) = embeddings(9)
+    assert fuse(text=text, ctx_len=9).embeddings.shape[1] == 9
+    assert fuse(text=text, ctx_len=7).embeddings.shape[1] == 7
+
+
+def test_chunks_repeat_all_but_the_longest() -> None:
+    image, audio, text = embeddings(1, 10, 3)
+    targets = torch.arange(3, 9).reshape(2, 3)
+    chunks = fuse_chunks(image, audio, text, targets=targets, ctx_len=8)
+    assert [chunk.embeddings.shape[1] for chunk in chunks] == [8, 8, 6]
+    assert torch.equal(torch.cat([chunk.embeddings[:, 1:-3] for chunk in chunks], dim=1), audio)
+    for chunk in chunks:
+        assert torch.equal(chunk.embeddings[:, :1], image)
+        assert torch.equal(chunk.embeddings[:, -3:], text)
+        assert chunk.targets is not None
+        assert torch.equal(chunk.targets[:, -3:], targets)
+    (whole,) = fuse_chunks(image, audio, text, ctx_len=14)
+    assert torch.equal(whole.embeddings, fuse(image, audio, text).embeddings)
+
+
+REFUSED = {
+    "nothing": ({}, ("image, audio and text are all None",)),
+    "mask without its part": ({"text": 5, "audio_mask": "rows"}, ("audio_mask is given without audio",)),
+    "rank": ({"text": "flat"}, ("text has shape (2, 8)", "(B, length, D)")),
+    "width": ({"image": 1, "text": "wide"}, ("text is", "(2, 5, 9)", "(2, 1, 8)")),
+    "dtype": ({"image": 1, "text": "half"}, ("float16", "cast")),
+    "mask of ones": ({"text": 5, "text_mask": "ones"}, ("text_mask is", "boolean", "(2,) or (2, 5)")),
+    "mask of another shape": ({"text": 5, "text_mask": "long"}, ("text_mask", "(2, 6)")),
+    "targets without text": ({"image": 1, "targets": 5}, ("targets", "no text")),
+    "targets of another length": ({"text": 5, "targets": 4}, ("targets have shape (2, 4)", "(2, 5)")),
+    "targets of floats": ({"text": 5, "targets": "floats"}, ("targets", "integers")),
+    "policy": ({"text": 5, "policy": "cut"}, ("policy = 'cut'", "family, longest, error")),
+    "ctx_len": ({"text": 5, "ctx_len": 0}, ("ctx_len = 0",)),
+    "too long": (
+        {"image": 1, "text": 5, "ctx_len": 5, "policy": "error"},
+        ("1 of image, 5 of text are 6", "ctx_len=5"),
+    ),
+    "no room": ({"image": 1, "text": 5, "ctx_len": 1, "policy": "longest"}, ("ctx_len=1",)),
+}
+
+
+def given(value: int | str, name: str) -> Any:
+    if name in ("ctx_len", "policy"):
+        return value
+    if isinstance(value, int):
+        return torch.ones(2, value, dtype=torch.long) if name == "targets" else embeddings(value)[0]
+    return {
+        "rows": torch.ones(2, dtype=torch.bool),
+        "flat": torch.ones(2, 8),
+        "wide": torch.ones(2, 5, 9, dtype=torch.float64),
+        "half": torch.ones(2, 5, 8, dtype=torch.float16),
+        "ones": torch.ones(2, 5),
+        "long": torch.ones(2, 6, dtype=torch.bool),
+        "floats": torch.ones(2, 5),
+    }[value]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fuse_refuses(name) -> None:
+    arguments, names = REFUSED[name]
+    with pytest.raises(ValueError) as caught:
+        fuse(**{key: given(value, key) for key, value in arguments.items()})
+    assert_says(caught, *names)
+
+
+def test_chunks_refuse_what_leaves_no_room() -> None:
+    image, text = embeddings(3, 5)
+    with pytest.raises(ValueError, match="3 of image, 5 of text do not fit into ctx_len=3"):
+        fuse_chunks(image, text=text, ctx_len=3)
+
+
+# OmniLM --------------------------------------------------------------------------------------------------------------
+
+
+def test_each_row_is_as_it_is_alone() -> None:
+    """What a row lacks, and what stands behind a clip's length, changes nothing, not even as NaN."""
+    model, batch, ids = make(), inputs(), tokens()
+    logits = model(ids, **batch)
+    assert logits.shape == (4, 1 + 5 + 6, 31)
+    alone = [
+        {"images": batch["images"][:1]},
+        {"mel": batch["mel"][1:2, :9]},
+        {"images": batch["images"][2:3], "mel": batch["mel"][2:3]},
+        {},
+    ]
+    for row, arguments in enumerate(alone):
+        assert_close(logits[row, -6:], model(ids[row : row + 1], **arguments)[0, -6:])
+    assert_close(logits[3:, -6:], model.thinker(ids[3:]))
+
+
+def test_padding_of_the_text_changes_nothing() -> None:
+    model, batch, ids = make(), inputs(), tokens()
+    kept = torch.arange(6)[None] >= torch.tensor([0, 2, 3, 1])[:, None]
+    logits = model(ids.where(kept, PAD_ID), **batch, attention_mask=kept)
+    alone = model(ids[2:3, 3:], images=batch["images"][2:3], mel=batch["mel"][2:3])
+    assert_close(logits[2, -3:], alone[0, -3:])
+
+
+def test_the_image_is_the_cls_vector_and_the_order_image_audio_text() -> None:
+    model, batch, ids = make(), inputs(), tokens()
+    row = {"images": batch["images"][2:3], "mel": batch["mel"][2:3]}
+    assert model.vision_encoder is not None
+    assert model.proj_v is not None
+    assert model.audio_encoder is not None
+    assert model.proj_a is not None
+    cls, _ = model.vision_encoder(row["images"])
+    before = torch.cat([model.proj_v(cls), model.proj_a(model.audio_encoder(row["mel"]))], dim=1)
+    found, mask = model.encode(**row)
+    assert torch.equal(found, before)
+    assert bool(mask.all())
+    whole = torch.cat([before, model.thinker.tok_emb(ids[2:3])], dim=1)
+    assert_close(model(ids[2:3], **row), model.thinker(embeddings=whole))
+
+
+def test_encode_masks_what_is_not_there() -> None:
+    found, mask = make().encode(**inputs())
+    assert mask.sum(dim=1).tolist() == [1, 3, 6, 0]
+    assert bool((found[~mask] == 0).all())
+
+
+def test_loss_is_the_mean_over_the_targets_of_the_text() -> None:
+    model, batch, ids = make(), inputs(), tokens()
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = targets[1, 3:] = PAD_ID
+    loss = model.loss(ids, targets, **batch)
+    assert_close(loss[None], cross_entropy(model(ids, **batch)[:, -6:], targets)[None])
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def test_all_is_cut_to_the_context_as_the_family_does() -> None:
+    """24 in all: 1 for the image, 24 // 4 = 6 for the audio, the text then has 24 − 7 − 1."""
+    model, ids = make(), tokens(1, 24)
+    mel = torch.from_numpy(np.random.default_rng(3).standard_normal((1, 100, 128)))
+    images = inputs()["images"][:1]
+    assert model(ids).shape == (1, 24, 31)
+    logits = model(ids, images=images, mel=mel)
+    assert logits.shape == (1, 1 + 6 + 16, 31)
+    before, _ = model.encode(images, mel)
+    assert before.shape == (1, 7, 24)
+    targets = torch.full_like(ids, 5)
+    assert_close(
+        model.loss(ids, targets, images=images, mel=mel)[None], cross_entropy(logits[:, 7:], targets[:, :16])[None]
+    )
+
+
+def test_a_bfloat16_model_computes_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    model = OmniLM.from_config(CONFIG).to(torch.bfloat16).eval()
+    given = {name: value.float() if value.is_floating_point() else value for name, value in inputs().items()}
+    assert model(tokens(), **given).dtype == torch.bfloat16
+    assert model.loss(tokens(), tokens(), **given).dtype == torch.float32
+
+
+def test_features_are_one_affine_function_of_log10() -> None:
+    model = make()
+    draw = np.random.default_rng(4)
+    waves = torch.from_numpy(np.stack([draw.standard_normal(2000), 1e-3 * draw.standard_normal(2000), np.zeros(2000)]))
+    found = model.features(waves)
+    assert found.shape == (3, 13, 128)
+    mel = mel_spectrogram(waves, 16000, 1024, 160, 400)
+    expected = (torch.log10(mel.clamp(min=1e-10)) + 4.0) / 4.0
+    assert float((found - expected.transpose(1, 2)).abs().max()) <= 20 * EPS
+    assert float((found[2] + 1.5).abs().max()) <= 10 * EPS
+    assert_close(found[1], model.features(waves[1]))
+    assert float(model.features(torch.sin(torch.arange(2000.0))).max()) < 2.2
+
+
+BAD_INPUTS = {
+    "has_image without images": ({"has_image": "yes"}, ("has_image is given without images",)),
+    "has_audio without mel": ({"has_audio": "yes"}, ("has_audio is given without mel",)),
+    "mel_lengths without mel": ({"mel_lengths": [3, 3]}, ("mel_lengths is given without mel",)),
+    "another batch of images": ({"images": (1, 3, 16, 16)}, ("images has 1 rows", "batch 2", "has_image=")),
+    "another batch of clips": ({"mel": (3, 20, 128)}, ("mel has 3 rows", "has_audio=")),
+    "one image": ({"images": (3, 16, 16)}, ("(3, 16, 16)", "(B, 3, H, W)")),
+    "patches": ({"images": (2, 3, 12, 16)}, ("12 × 16", "8")),
+    "mels": ({"mel": (2, 20, 80)}, ("(2, 20, 80)", "128")),
+    "NaN in an image": ({"images": (2, 3, 16, 16), "nan": "images"}, ("images holds NaN", "[1, 0, 0, 0]")),
+    "NaN in a clip": ({"mel": (2, 20, 128), "nan": "mel"}, ("mel holds NaN", "[1, 0, 0]")),
+    "levels": ({"images": "levels"}, ("images", "floating point", "255")),
+    "mask of one row": ({"images": (2, 3, 16, 16), "has_image": "one"}, ("has_image", "(2,)")),
+    "mask of ones": ({"mel": (2, 20, 128), "has_audio": "ones"}, ("has_audio", "boolean")),
+    "a clip without frames": ({"mel": (2, 20, 128), "mel_lengths": [20, 0]}, ("mel_lengths[1] = 0", "has_audio=")),
+    "too many frames": ({"mel": (2, 20, 128), "mel_lengths": [20, 21]}, ("mel_lengths[1] = 21", "20 frames")),
+    "lengths of floats": ({"mel": (2, 20, 128), "mel_lengths": [1.0, 2.0]}, ("mel_lengths", "integers")),
+    "tokens of one row": ({"tokens": "flat"}, ("tokens have shape (6,)",)),
+    "a token beyond": ({"tokens": "beyond"}, ("31",)),
+    "mask of the text": ({"attention_mask": "yes"}, ("attention_mask", "(2, 6)")),
+}
+
+
+def bad_inputs(arguments: dict) -> dict[str, torch.Tensor]:
+    made = {
+        "yes": torch.tensor([True, True]),
+        "one": torch.tensor([True]),
+        "ones": torch.ones(2),
+        "levels": torch.ones(2, 3, 16, 16, dtype=torch.uint8),
+        "flat": tokens(2)[0],
+        "beyond": torch.full((2, 6), 31),
+    }
+    found = {"tokens": tokens(2)}
+    for name, value in arguments.items():
+        found[name] = torch.ones(value) if isinstance(value, tuple) else value
+        found[name] = torch.tensor(value) if isinstance(value, list) else made.get(value, found[name])  # type: ignore[arg-type]
+    bad = found.pop("nan", None)
+    if bad is not None:
+        found[bad][1].view(-1)[0] = math.nan  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return found
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_inputs_are_refused(name) -> None:
+    arguments, names = BAD_INPUTS[name]
+    with pytest.raises(ValueError) as caught:
+        make()(**bad_inputs(arguments))
+    assert_says(caught, *names)
+
+
+def test_targets_are_refused() -> None:
+    with pytest.raises(ValueError, match="targets have shape"):
+        make().loss(tokens(), tokens()[:, :3])
+    with pytest.raises(TokenIdError):
+        make().loss(tokens(), tokens() + 31)
+
+
+@pytest.mark.parametrize(("sense", "given"), [("vision", "images"), ("audio", "mel")])
+def test_a_sense_that_the_model_lacks(sense, given) -> None:
+    sections = {"audio": AUDIO, "vision": VISION, sense: None}
+    model = make(OmniConfig(THINKER, **sections))
+    assert not [name for name in export_weights(model) if name.startswith((sense, f"proj_{sense[0]}"))]
+    with pytest.raises(ValueError, match=f"no section '{sense}'"):
+        model(tokens(), **{given: torch.ones(4, 3, 16, 16) if given == "images" else torch.ones(4, 20, 128)})
+    if sense == "audio":
+        with pytest.raises(ValueError, match="no section 'audio'"):
+            model.features(torch.ones(2000))
+
+
+def test_nothing_to_encode() -> None:
+    with pytest.raises(ValueError, match="all None"):
+        make().encode()
+
+
+# Frozen parts --------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parts_keep_every_bit() -> None:
+    torch.manual_seed(1)
+    model = OmniLM.from_config(CONFIG).train()
+    names = ["vision_encoder", "thinker.blocks.0.attn."]
+    trainable, frozen = split_frozen(dict(model.named_parameters()), names)
+    assert trainable.keys() | frozen.keys() == dict(model.named_parameters()).keys()
+    assert all(name.startswith(("vision_encoder.", "thinker.blocks.0.attn.")) for name in frozen)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = AdamW(trainable.values(), lr=1e-2, weight_decay=0.5)
+    batch = {name: value.float() if value.is_floating_point() else value for name, value in inputs().items()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.loss(tokens(), tokens(), **batch).backward()
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in frozen.items())
+    assert not any(torch.equal(p, before[name]) for name, p in trainable.items())
+
+
+@pytest.mark.parametrize(
+    ("frozen", "names"),
+    [
+        (["vision"], ("'vision'", "audio_encoder, proj_a, proj_v, thinker, vision_encoder")),
+        ("thinker", ("['thinker']",)),
+        (["thinker", "audio_encoder", "proj_a", "vision_encoder", "proj_v"], ("leave a parameter",)),
+    ],
+)
+def test_split_frozen_refuses(frozen, names) -> None:
+    with pytest.raises(ValueError) as caught:
+        split_frozen(dict(make().named_parameters()), frozen)
+    assert_says(caught, *names)
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def same(model: OmniLM, other: OmniLM) -> None:
+    assert model.config == other.config
+    ours, theirs = export_weights(model), export_weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def part(model: OmniLM, name: str) -> OrderedDict:
+    """As torch.compile names what it holds."""
+    state = model.get_submodule(name).state_dict()
+    return OrderedDict((f"_orig_mod.{key}", value) for key, value in state.items())
+
+
+def family(model: OmniLM, folder) -> None:
+    """A folder as the family's trainers leave it: a multimodal dict, the encoders in files of their own."""
+    torch.save({name: part(model, name) for name in ("thinker", "proj_a", "proj_v")} | {"step": 3}, folder / "omni.pt")
+    torch.save({"vit": part(model, "vision_encoder")}, folder / "vision.pt")
+    torch.save({"enc": part(model, "audio_encoder"), "head": {"weight": torch.ones(2, 12)}}, folder / "audio.pt")
+
+
+@pytest.mark.parametrize("name", ["omni.pt", "omni.safetensors"])
+def test_saved_and_loaded(name, tmp_path) -> None:
+    model = make()
+    optimizer = None if name.endswith("safetensors") else {"state": {}}
+    save_checkpoint(tmp_path / name, model=model, step=7, optimizer=optimizer)
+    CONFIG.to_json(tmp_path / "config.json")
+    loaded = OmniLM.from_checkpoint(tmp_path)
+    same(model, loaded)
+    assert not loaded.training
+    held = load_checkpoint(tmp_path / name)
+    assert (held.kind, held.step) == ("safetensors" if optimizer is None else "multimodal", 7)
+    assert sorted(held.parts) == ["audio_encoder", "proj_a", "proj_v", "vision_encoder"]
+    same(model, load_weights(OmniLM.from_config(CONFIG).double(), held))
+    alone = ThinkerLM.from_checkpoint(tmp_path)
+    assert torch.equal(alone(tokens()), model.thinker(tokens()))
+
+
+def test_the_familys_dicts_with_encoders_in_files_of_their_own(tmp_path) -> None:
+    model = make()
+    family(model, tmp_path)
+    CONFIG.to_json(tmp_path / "some.json")
+    files = {"audio": tmp_path / "audio.pt", "vision": tmp_path / "vision.pt"}
+    same(model, OmniLM.from_checkpoint(tmp_path / "omni.pt", config=tmp_path / "some.json", **files))
+    same(model, OmniLM.from_checkpoint(tmp_path / "omni.pt", config=CONFIG, **files))
+    with pytest.raises(CheckpointError, match="holds no vision_encoder"):
+        OmniLM.from_checkpoint(tmp_path / "omni.pt", config=CONFIG, audio=files["audio"])
+    with pytest.raises(CheckpointError, match="holds no audio_encoder"):
+        OmniLM.from_checkpoint(tmp_path / "omni.pt", config=CONFIG, audio=files["vision"], vision=files["vision"])
+    deaf = OmniConfig(THINKER, None, VISION)
+    same(make_from(model, deaf), OmniLM.from_checkpoint(tmp_path / "omni.pt", config=deaf, vision=files["vision"]))
+    with pytest.raises(ValueError, match="no section 'audio'"):
+        OmniLM.from_checkpoint(tmp_path / "omni.pt", config=deaf, **files)
+    with pytest.raises(ValueError, match="no config file"):
+        OmniLM.from_checkpoint(tmp_path / "omni.pt", **files)
+
+
+def make_from(model: OmniLM, config: OmniConfig) -> OmniLM:
+    """A model of fewer parts, with those of `model`."""
+    smaller = OmniLM.from_config(config).double()
+    wanted = export_weights(smaller)
+    return load_weights(smaller, {key: value for key, value in export_weights(model).items() if key in wanted})
+
+
+def test_what_does_not_fit_is_listed(tmp_path) -> None:
+    model = make()
+    save_checkpoint(tmp_path / "omni.pt", model=model, parts={"talker": {"w": torch.ones(2)}})
+    held = load_checkpoint(tmp_path / "omni.pt")
+    report = load_report(model, held)
+    assert report.fits
+    assert report.ignored == {"talker": "a part that the model does not have"}
+    with pytest.raises(ValueError, match="the config is not that of the checkpoint"):
+        OmniLM.from_checkpoint(tmp_path / "omni.pt", config=OmniConfig(ThinkerConfig(31, 3, 24, 4, 20), AUDIO, VISION))
+    other = OmniConfig(THINKER, AUDIO, VisionConfig(img_size=32, patch=8, d=12, layers=1, heads=2, ff=16))
+    with pytest.raises(CheckpointError, match=r"vision_encoder\.pos has shape"):
+        OmniLM.from_checkpoint(tmp_path / "omni.pt", config=other)
+    save_checkpoint(tmp_path / "thinker.pt", model=model.thinker)
+    empty, held = OmniLM.from_config(CONFIG).double(), load_checkpoint(tmp_path / "thinker.pt")
+    with pytest.raises(CheckpointError, match="missing: audio_encoder"):
+        load_weights(empty, held)
