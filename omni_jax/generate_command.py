@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .prompting import continued_text, load_model_and_tokenizer, read_senses
+from .prompting import continued_text, load_model_and_tokenizer
+from .senses import read_senses
 from .tokenizer import BPETokenizer
 
 __all__ = ["run_generate"]

@@ -35,12 +35,12 @@ from .sampling import (
     _probabilities,
     _truncates,
 )
+from .senses import power_of_two, senses_of
 from .training_utils import NumericalError
 
 __all__ = ["Generation", "generate", "simple_inference"]
 
 _SHORTEST_PROMPT = 16
-_SHORTEST_CLIP = 64
 _LEAST_ROOM = 64
 _LARGEST_SEED = 2**32 - 1
 
@@ -101,7 +101,7 @@ def generate(
     """
     config: ThinkerConfig = getattr(model, "thinker", model).config
     prompts = _read_prompts(prompt_ids, config.vocab_size)
-    senses, counts = _read_senses(model, images, mels, len(prompts))
+    senses, counts = senses_of(model, images, mels, len(prompts))
     _check_settings(temperature, top_k, top_p)
     _check_penalty(repetition_penalty)
     _check_window(window)
@@ -122,9 +122,9 @@ def generate(
         )
 
     vocab_size, ctx_len = config.vocab_size, config.ctx_len
-    time = min(ctx_len, _power_of_two(longest, _SHORTEST_PROMPT))
-    text_time = min(ctx_len, _power_of_two(max(map(len, prompts)), _SHORTEST_PROMPT))
-    room = _power_of_two(ctx_len if max_new_tokens is None else limit, _LEAST_ROOM)
+    time = min(ctx_len, power_of_two(longest, _SHORTEST_PROMPT))
+    text_time = min(ctx_len, power_of_two(max(map(len, prompts)), _SHORTEST_PROMPT))
+    room = power_of_two(ctx_len if max_new_tokens is None else limit, _LEAST_ROOM)
     plan = _Plan(
         slots=ctx_len if window else min(ctx_len, time + room),
         room=room,
@@ -367,11 +367,6 @@ def _rebuild(structure: Any, weights: Any) -> Any:
     return model
 
 
-def _power_of_two(count: int, least: int) -> int:
-    """The smallest that is neither below `count` nor below `least`."""
-    return max(least, 1 << (count - 1).bit_length())
-
-
 def _read_prompts(prompt_ids: Any, vocab_size: int) -> list[np.ndarray]:
     try:
         nested = len(prompt_ids) > 0 and np.ndim(prompt_ids[0]) > 0
@@ -392,98 +387,6 @@ def _read_prompts(prompt_ids: Any, vocab_size: int) -> list[np.ndarray]:
         check_token_ids(ids, vocab_size, name)
         prompts.append(ids)
     return prompts
-
-
-def _read_senses(model: Any, images: Any, mels: Any, prompts: int) -> tuple[dict[str, Any] | None, list[int]]:
-    """The arguments of OmniLM.encode, None where there is nothing to see or hear; the vectors before each prompt."""
-    pictures = _one_per_prompt("images", images, prompts)
-    clips = _one_per_prompt("mels", mels, prompts)
-    senses: dict[str, Any] = {}
-    if any(picture is not None for picture in pictures):
-        _check_sense(model, "images", "vision")
-        senses |= _stacked("images", "has_image", pictures)
-    if any(clip is not None for clip in clips):
-        _check_sense(model, "mels", "audio")
-        senses |= _padded(model, clips)
-    if not senses:
-        return None, [0] * prompts
-    checked = dict.fromkeys(("images", "mel", "mel_lengths", "has_image", "has_audio")) | senses
-    model._checked(prompts, **checked)
-    lengths = [0 if clip is None else model.config.audio.num_vectors(len(clip)) for clip in clips]
-    return senses, [(picture is not None) + length for picture, length in zip(pictures, lengths, strict=True)]
-
-
-def _one_per_prompt(name: str, values: Any, prompts: int) -> list[Any]:
-    if values is None:
-        return [None] * prompts
-    if not isinstance(values, list | tuple) or len(values) != prompts:
-        found = f"{len(values)} entries" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
-        raise ValueError(
-            f"{name} is {found}: must be a list with one entry for each of {prompts} prompts; give None "
-            "where a prompt has none"
-        )
-    return list(values)
-
-
-def _check_sense(model: Any, name: str, section: str) -> None:
-    if getattr(getattr(model, "config", None), section, None) is None:
-        raise ValueError(
-            f"{name} are given, and the model's config has no section {section!r}: it cannot read them; leave "
-            "them out, or give an OmniLM that can"
-        )
-
-
-def _stacked(name: str, has: str, values: list[Any]) -> dict[str, Any]:
-    """Arrays of one shape as a batch, 0 where there is none."""
-    given = {i: _as_array(f"{name}[{i}]", value) for i, value in enumerate(values) if value is not None}
-    shapes = sorted({value.shape for value in given.values()})
-    if len(shapes) > 1 or len(shapes[0]) != 3:
-        raise ValueError(
-            f"{name} have the shapes {', '.join(map(str, shapes))}: must be (3, H, W), the same for all; give "
-            "load_image(path, size=224)'s"
-        )
-    empty = np.zeros_like(next(iter(given.values())))
-    batch = np.stack([given.get(i, empty) for i in range(len(values))])
-    return {name: batch, has: np.array([value is not None for value in values])}
-
-
-def _padded(model: Any, clips: list[Any]) -> dict[str, Any]:
-    """Clips of any length as a batch, its frames a power of two."""
-    given = {i: _as_array(f"mels[{i}]", clip) for i, clip in enumerate(clips) if clip is not None}
-    for i, clip in given.items():
-        _check_clip(f"mels[{i}]", clip.shape, model.config)
-    first = next(iter(given.values()))
-    frames = _power_of_two(max(map(len, given.values())), _SHORTEST_CLIP)
-    batch = np.zeros((len(clips), frames, first.shape[1]), first.dtype)
-    for i, clip in given.items():
-        batch[i, : len(clip)] = clip
-    lengths = np.array([len(given[i]) if i in given else 0 for i in range(len(clips))], np.int32)
-    return {"mel": batch, "mel_lengths": lengths, "has_audio": lengths > 0}
-
-
-def _as_array(name: str, value: Any) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is a {type(value).__name__} that is no array of numbers; pass an array") from None
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {array.dtype}: must be floating point; divide levels by 255")
-    return array
-
-
-def _check_clip(name: str, shape: tuple[int, ...], config: Any) -> None:
-    if len(shape) != 2 or 0 in shape or shape[1] != 128:
-        raise ValueError(
-            f"{name} has shape {shape}: must be (frames, 128) with at least one frame; give model.features(wave)'s"
-        )
-    audio, most = config.audio, max(config.thinker.ctx_len // 4, 1)
-    if audio.num_vectors(shape[0]) > most:
-        frames = most * audio.downsample_factor
-        seconds = (frames - 1) * audio.hop_length / audio.sample_rate
-        raise ValueError(
-            f"{name} has {shape[0]} frames, which become {audio.num_vectors(shape[0])} vectors: allowed are up to "
-            f"ctx_len // 4 = {most}, that is {frames} frames or {seconds:.2f} seconds; cut the clip"
-        )
 
 
 def _new_tokens(longest: int, max_new_tokens: int | None, ctx_len: int, window: bool, senses: bool) -> int:

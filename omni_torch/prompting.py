@@ -17,7 +17,7 @@ from .files import open_regular_file
 from .pt_archive import CheckpointError
 from .tokenizer import BPETokenizer
 
-__all__ = ["load_model_and_tokenizer", "read_senses", "continued_text"]
+__all__ = ["load_model_and_tokenizer", "continued_text"]
 
 _Path = str | os.PathLike[str]
 
@@ -64,33 +64,6 @@ def load_model_and_tokenizer(
             f"vocab_size={thinker.config.vocab_size}: must be equal; give the tokenizer that the model was trained with"
         )
     return model, vocabulary, path
-
-
-def read_senses(model: Any, image: _Path | None, audio: _Path | None) -> dict[str, Any]:
-    """A picture's and a sound file's content as generate's `images` and `mels`, as the model's config asks for them.
-
-    Raises:
-        ValueError: a file that cannot be read; a model that cannot see, or hear.
-    """
-    from .audio import load_audio
-    from .vision import load_image
-
-    for file, name, section in ((image, "image", "vision"), (audio, "audio", "audio")):
-        if file is not None and getattr(model.config, section) is None:
-            raise ValueError(
-                f"{name} = {os.fspath(file)!r}, and the model's config has no section {section!r}: it cannot read it; "
-                f"leave --{name} out, or give another model"
-            )
-    made: dict[str, Any] = {}
-    if image is not None:
-        made["images"] = [load_image(image, size=model.config.vision.img_size)]
-    if audio is not None:
-        try:
-            made["mels"] = [model.features(load_audio(audio, model.config.audio.sample_rate))]
-        except ValueError as bad:
-            named = str(bad) if os.fspath(audio) in str(bad) else f"sound file {os.fspath(audio)!r}: {bad}"
-            raise ValueError(named) from None
-    return made
 
 
 def continued_text(tokenizer: BPETokenizer, prompt_ids: Sequence[int], ids: Iterable[int]) -> Iterator[str]:

@@ -410,7 +410,7 @@ def test_greedy_does_not_look_at_uniforms(monkeypatch) -> None:
 
 
 def test_rooms_are_powers_of_two() -> None:
-    rooms = {generation._power_of_two(limit, generation._LEAST_ROOM) for limit in range(1, 2049)}
+    rooms = {generation.power_of_two(limit, generation._LEAST_ROOM) for limit in range(1, 2049)}
     assert sorted(rooms) == [64, 128, 256, 512, 1024, 2048]
     model = make("mha", ctx_len=160)
     draw = partial(generate, model, [1, 5], temperature=1.0, eos_id=None, seed=4)
