@@ -41,13 +41,13 @@ def ctc_loss(
     the last term only where symbol s is neither blank nor the same as s − 2. A target that needs more frames than there
     are (its symbols, and one more for each pair of equal neighbours) is an error; inside torch.compile, where values
     cannot be looked at, its loss is inf, with a gradient of 0. The same holds for a target of probability 0. Inside
-    torch.compile a symbol that is no symbol makes the loss NaN.
+    torch.compile a symbol that is no symbol makes the loss NaN; so does a NaN among a clip's logits, everywhere.
 
     Raises:
         ValueError: shapes or dtypes that do not fit; lengths outside 1 … T and 0 … N; a symbol outside 0 … V − 1, or
             the blank, within a target; a target with more symbols than its frames can spell.
 
-    Source: Graves et al., Connectionist temporal classification, ICML 2006, equations 6 to 8.
+    Source: Graves et al., Connectionist temporal classification, ICML 2006.
     """
     for name, x in (("logits", logits_BTV), ("targets", targets_BN)):
         _check_tensor(name, x)
@@ -81,15 +81,22 @@ def ctc_loss(
     # A path ends in the last symbol or in the blank behind it.
     place_BS = place_S[None] - 2 * target_lengths[:, None]
     ends_BS = torch.where((place_BS == 0) | (place_BS == -1), alpha_BS, _NEVER)
-    total_B = ends_BS.logsumexp(dim=1)
+    top_B1 = ends_BS.detach().amax(dim=1, keepdim=True)
+    total_B = top_B1.squeeze(1) + (ends_BS - top_B1).exp().sum(dim=1).log()
     losses_B = torch.where(total_B <= 0.5 * _NEVER, math.inf, -total_B)
     return torch.where(bad_B, math.nan, losses_B)
 
 
 def _log_add(alpha_BS: Float[Tensor, "B S"], skips_BS: Bool[Tensor, "B S"]) -> Float[Tensor, "B S"]:
-    """Stay, one symbol on, or two where that skips nothing but a blank: logsumexp of the three."""
+    """Stay, one symbol on, or two where that skips nothing but a blank: logsumexp of the three.
+
+    Written out: torch's logsumexp takes its gradient's weights from the rounded result, which costs bits where |α| is
+    large.
+    """
     skipped_BS = torch.where(skips_BS, _shift(alpha_BS, 2, _NEVER), _NEVER)
-    return torch.stack([alpha_BS, _shift(alpha_BS, 1, _NEVER), skipped_BS]).logsumexp(dim=0)
+    paths = torch.stack([alpha_BS, _shift(alpha_BS, 1, _NEVER), skipped_BS])
+    top_BS = paths.detach().amax(dim=0)
+    return top_BS + (paths - top_BS).exp().sum(dim=0).log()
 
 
 def _shift(x_BS: Tensor, by: int, fill: int | float) -> Tensor:

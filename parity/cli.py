@@ -99,6 +99,12 @@ def run(
     text: Annotated[
         str | None, typer.Option("--text", metavar="FILE", help="Take the tokens from this UTF-8 text.")
     ] = None,
+    audio: Annotated[
+        str | None, typer.Option("--audio", metavar="FILE", help="Read this sound file in both twins (check mel).")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option("--image", metavar="FILE", help="Read this picture in both twins (check image).")
+    ] = None,
     precision: Annotated[
         str, typer.Option("--precision", metavar="LIST", help="Of float64, float32, bfloat16, float16, by commas.")
     ] = "float64,float32,bfloat16",
@@ -135,6 +141,8 @@ def run(
         device=device,
         checkpoint=checkpoint,
         text=text,
+        audio=audio,
+        image=image,
         seed=seed,
         full=full,
     )

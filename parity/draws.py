@@ -48,6 +48,7 @@ SHIFTED: dict[str, Callable[[dict, int], dict]] = {
     "cummin": _axis("axis"),
     "cumprod": _axis("axis"),
     "cumsum": _axis("axis"),
+    "fft": lambda p, count: p,
     "reduce_max": _axes("axes"),
     "reduce_min": _axes("axes"),
     "reduce_prod": _axes("axes"),
@@ -93,6 +94,8 @@ class OverDraws:
             return self.evaluate(self.eqn, [self._stretched(x, rank) for x, rank in zip(inputs, self.ranks)])
         if self.name == "dot_general":
             return self._dot(*inputs)
+        if self.name == "conv_general_dilated" and inputs[1].ndim == self.ranks[1]:
+            return self._convolution(*inputs)
         if self.name in SHIFTED:
             if count not in self.shifted:
                 self.shifted[count] = _Shifted(SHIFTED[self.name](self.eqn.params, count))
@@ -111,6 +114,19 @@ class OverDraws:
         """Scalars stand beside arrays: axes of length 1 between the draws and the value's own."""
         missing = self.rank - x.ndim
         return x if x.ndim <= rank or not missing else x.reshape(len(x), *[1] * missing, *x.shape[1:])
+
+    def _convolution(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """The draws are more of the batch; they come first in it, so that groups of the batch stay together."""
+        layout = self.eqn.params["dimension_numbers"]
+        batch, there = layout.lhs_spec[0], layout.out_spec[0]
+        if self.eqn.params["batch_group_count"] > 1:
+            return np.stack([self.evaluate(self.eqn, [x, right]) for x in left])
+        merged = np.moveaxis(left, 0, batch)
+        shape = list(left.shape[1:])
+        shape[batch] *= len(left)
+        out = self.evaluate(self.eqn, [merged.reshape(shape), right])
+        split = [*out.shape[:there], len(left), -1, *out.shape[there + 1 :]]
+        return np.moveaxis(out.reshape(split), there, 0)
 
     def _dot(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         (contract_l, contract_r), (batch_l, batch_r) = self.eqn.params["dimension_numbers"]

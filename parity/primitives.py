@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from parity.convolution import convolve
 from parity.errors import CannotLook
 
 __all__ = ["DISCRETE", "ELEMENTWISE", "IMPLEMENTATIONS", "RULES", "bind_equation", "by_jax", "dot_general"]
@@ -158,8 +159,8 @@ def _dot(eqn, inputs, outputs):
 
 def _convolution(eqn, inputs, outputs):
     left, right = inputs
-    squares = by_jax(eqn, _squared(left), _squared(right))
-    count = by_jax(eqn, (left != 0).astype(np.float64), (right != 0).astype(np.float64))
+    squares = convolve(_squared(left), _squared(right), eqn.params)
+    count = convolve((left != 0).astype(np.float64), (right != 0).astype(np.float64), eqn.params)
     return _sum_of(np.rint(count), outputs[0], squares) + squares / 3
 
 
@@ -494,6 +495,12 @@ def _cum(operation):
     return evaluate
 
 
+def _fft_value(eqn, inputs):
+    kind, lengths = str(eqn.params["fft_type"]).rpartition(".")[2].lower(), tuple(eqn.params["fft_lengths"])
+    kind = {"0": "fft", "1": "ifft", "2": "rfft", "3": "irfft"}.get(kind, kind)
+    return getattr(np.fft, f"{kind}n")(inputs[0], s=lengths, axes=tuple(range(-len(lengths), 0)))
+
+
 def _split(eqn, inputs):
     edges = np.cumsum(eqn.params["sizes"])[:-1]
     return np.split(inputs[0], edges, axis=eqn.params["axis"])
@@ -581,6 +588,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Any, list[np.ndarray]], Any]] = {
     "scatter-min": lambda eqn, inputs: _scatter(eqn, inputs, np.minimum),
     "scatter-max": lambda eqn, inputs: _scatter(eqn, inputs, np.maximum),
     "dot_general": lambda eqn, inputs: dot_general(inputs[0], inputs[1], eqn.params["dimension_numbers"]),
+    "conv_general_dilated": lambda eqn, inputs: convolve(inputs[0], inputs[1], eqn.params),
+    "fft": _fft_value,
     "reduce_sum": lambda eqn, inputs: inputs[0].sum(axis=tuple(eqn.params["axes"])),
     "reduce_prod": lambda eqn, inputs: inputs[0].prod(axis=tuple(eqn.params["axes"])),
     "reduce_max": lambda eqn, inputs: inputs[0].max(axis=tuple(eqn.params["axes"])),

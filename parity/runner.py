@@ -137,13 +137,16 @@ def validate(scope: Scope, only: Iterable[str] = (), matmul: str = "default") ->
         raise Misuse(f"precision: none named (known: {', '.join(PRECISIONS)})")
     one_of("device", scope.device, DEVICES)
     one_of("matmul", matmul, MATMULS)
-    if own := _own_models(scope):
-        wanted = set(only)
-        if wanted and not wanted & set(checks.OF_MODELS):
+    wanted = set(only)
+    for reached, options in _own(scope).items():
+        if wanted and not wanted & set(reached):
             raise Misuse(
-                f"{', '.join(own)}: no meaning for {', '.join(sorted(wanted))}, which has a problem of its own; it is "
-                f"for {' and '.join(checks.OF_MODELS)}"
+                f"{', '.join(options)}: no meaning for {', '.join(sorted(wanted))}, which has a problem of its own; it "
+                f"is for {' and '.join(reached)}"
             )
+    for option, path in (("--audio", scope.audio), ("--image", scope.image)):
+        if path is not None and not Path(path).is_file():
+            _missing(option, Path(path))
     if scope.text is not None:
         _validate_text(Path(scope.text))
     if scope.checkpoint is not None and not Path(scope.checkpoint).is_file():
@@ -157,10 +160,15 @@ def validate(scope: Scope, only: Iterable[str] = (), matmul: str = "default") ->
             _missing("--config", Path(config))
 
 
-def _own_models(scope: Scope) -> list[str]:
-    """The options that name the user's own models or text."""
-    given = {"--config": scope.configs, "--checkpoint": scope.checkpoint, "--text": scope.text}
-    return [option for option, value in given.items() if value]
+def _own(scope: Scope) -> dict[tuple[str, ...], list[str]]:
+    """checks -> the options that name the user's own models, text, sound or picture and that only they look at."""
+    given = {
+        checks.OF_MODELS: {"--config": scope.configs, "--checkpoint": scope.checkpoint, "--text": scope.text},
+        ("mel",): {"--audio": scope.audio},
+        ("image",): {"--image": scope.image},
+    }
+    found = {reached: [option for option, value in options.items() if value] for reached, options in given.items()}
+    return {reached: options for reached, options in found.items() if options}
 
 
 def _validate_text(path: Path) -> None:
@@ -204,6 +212,23 @@ def _validate_files(scope: Scope) -> None:
             raise Misuse(_about("--config", config, error)) from error
     if scope.checkpoint is not None:
         _validate_checkpoint(scope.checkpoint)
+    if scope.audio is not None:
+        from omni_torch.audio import load_audio
+
+        _readable("--audio", scope.audio, load_audio)
+    if scope.image is not None:
+        from omni_torch.vision import load_image
+
+        _readable("--image", scope.image, load_image)
+
+
+def _readable(option: str, path: str, load: Callable[[str], Any]) -> None:
+    try:
+        load(path)
+    except ImportError as error:
+        raise CannotLook(f"{option} {path}: {error.name} is not installed, which reads it: pip install it") from error
+    except (ValueError, OSError) as error:
+        raise Misuse(_about(option, path, error)) from error
 
 
 def _about(option: str, path: str, error: BaseException) -> str:
@@ -283,9 +308,9 @@ def _not_looked_at(scope: Scope, names: list[str], devices: list[str]) -> list[s
     if scope.regimes or scope.checkpoint:
         parts.append("other weight regimes")
     notes = [f"not looked at: {'; '.join(parts)}"] if parts else []
-    own, others = _own_models(scope), [name for name in names if name not in checks.OF_MODELS]
-    if own and others:
-        notes.append(f"{', '.join(own)} reached only {' and '.join(checks.OF_MODELS)}; {', '.join(others)}: as ever")
+    for reached, options in _own(scope).items():
+        if others := [name for name in names if name not in reached]:
+            notes.append(f"{', '.join(options)} reached only {' and '.join(reached)}; {', '.join(others)}: as ever")
     if scope.device == "tpu" and any(name.startswith("torch on cpu") for name in devices):
         notes.append("torch cannot use a TPU without torch_xla: its side ran on the CPU")
     return notes

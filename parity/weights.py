@@ -19,6 +19,9 @@ __all__ = ["RULES", "Link", "bind", "leaf_names", "to_jax", "to_torch", "under_t
 RULES: dict[str, str] = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 """Last part of a JAX name -> last part of the torch name. Everything else keeps its name."""
 
+FUSED = "in_proj"
+"""torch's fused attention owns the parameters of this projection itself: in_proj.kernel is its in_proj_weight."""
+
 CONVOLUTION = {3: (2, 1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
 """torch (out, in, *window) -> JAX (*window, in, out), by rank."""
 
@@ -54,6 +57,8 @@ def leaf_names(tree: Any) -> list[str]:
 
 def _torch_name(jax_name: str, rules: Mapping[str, str]) -> str:
     head, dot, last = jax_name.rpartition(".")
+    if head.rpartition(".")[2] == FUSED:
+        dot = "_"
     return head + dot + rules.get(last, last)
 
 

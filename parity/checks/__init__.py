@@ -31,6 +31,13 @@ CHECKS = (
     "recipe",
     "trajectory",
     "initializers",
+    "mel",
+    "image",
+    "ctc",
+    "audio-encoder",
+    "vision-encoder",
+    "fusion",
+    "omni",
 )
 """In the order in which they run and are listed."""
 
@@ -52,6 +59,10 @@ class Scope:
     device: str = "cpu"
     checkpoint: str | None = None
     text: str | None = None
+    audio: str | None = None
+    """A sound file of the user's, for the mel check."""
+    image: str | None = None
+    """A picture of the user's, for the image check."""
     seed: int = 0
     draws: int = 7
     controls: bool = True
@@ -67,4 +78,4 @@ def load(name: str) -> ModuleType:
         near = difflib.get_close_matches(name, CHECKS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise Misuse(f"check: {name!r} is not a check{hint} (known: {', '.join(CHECKS)}; see `parity list`)")
-    return importlib.import_module(f"parity.checks.{name}")
+    return importlib.import_module(f"parity.checks.{name.replace('-', '_')}")

@@ -44,6 +44,21 @@ FUNCTIONS = {
     "gather": (lambda x: x[:, jnp.array([2, 0, 2])], [A]),
     "scatter-add": (lambda x, y: x.at[jnp.array([1, 1])].add(y), [A, B]),
     "dynamic_slice": (lambda x: lax.dynamic_slice(x, (0, 1, 1), (2, 2, 2)), [A]),
+    "fft": (lambda x: jnp.fft.irfft(jnp.fft.rfft(x), n=6), [A]),
+    "conv_general_dilated": (
+        lambda x, w: lax.conv_general_dilated(x, w, (2,), ((1, 1),), dimension_numbers=("NWC", "WIO", "NWC")),
+        [(2, 5, 3), (3, 3, 4)],
+    ),
+    "conv_general_dilated, batch inside": (
+        lambda x, w: lax.conv_general_dilated(x, w, (1,), ((1, 2),), dimension_numbers=("CWN", "IWO", "WNC")),
+        [(3, 5, 2), (3, 3, 4)],
+    ),
+    "conv_general_dilated, groups of the batch": (
+        lambda x, w: lax.conv_general_dilated(
+            x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), batch_group_count=2
+        ),
+        [(4, 5, 3), (3, 3, 4)],
+    ),
     "select_n": (lambda x, y: lax.select_n(jnp.arange(4) < 2, x, y), [(4,), (4,)]),
 }
 

@@ -183,6 +183,10 @@ def convolutions() -> list:
         (conv((1, 1), "VALID", nchw, feature_group_count=2), normal(2, 4, 7, 5), normal(6, 2, 3, 3)),
         (conv((1, 1), ((2, 2), (1, 1)), nchw, lhs_dilation=(2, 2)), normal(1, 2, 4, 4), normal(3, 2, 3, 3)),
         (conv((2,), "SAME", ("NWC", "WIO", "NWC")), normal(2, 9, 3), normal(3, 3, 4)),
+        (conv((1, 2), ((-1, -2), (-3, 2)), nhwc, lhs_dilation=(2, 3)), normal(2, 5, 4, 3), normal(2, 2, 3, 4)),
+        (conv((1, 1), ((-2, 0), (0, -1)), nchw, lhs_dilation=(3, 2)), normal(1, 2, 3, 3), normal(3, 2, 2, 2)),
+        (conv((1, 1), "VALID", ("CHWN", "IHWO", "HWNC"), batch_group_count=2), normal(3, 5, 6, 4), normal(3, 2, 3, 6)),
+        (conv((2,), ((-2, -1),), ("NWC", "WIO", "NWC"), lhs_dilation=(3,)), normal(2, 3, 3), normal(3, 3, 4)),
     ]
 
 

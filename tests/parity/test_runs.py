@@ -178,6 +178,39 @@ def test_a_text_that_is_not_utf_8(tmp_path: Path) -> None:
     refused(parity("run", "--text", path), path, "not UTF-8 at byte 2", "iconv")
 
 
+@pytest.mark.parametrize(("option", "check"), [("--audio", "mel"), ("--image", "image")])
+def test_a_sound_or_a_picture_that_is_none(option: str, check: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    refused(parity("run", "--only", check, option, path), path, option, "no such file")
+    refused(parity("run", "--only", check, option, tmp_path), tmp_path, option, "this is a folder")
+    for content in (b"", b"neither sound nor picture", LFS):
+        path.write_bytes(content)
+        refused(parity("run", "--only", check, option, path), path)
+
+
+@pytest.mark.parametrize(("option", "check", "other"), [("--audio", "mel", "image"), ("--image", "image", "mel")])
+def test_a_file_for_another_check(option: str, check: str, other: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"RIFF")
+    ended = parity("run", "--only", other, option, tmp_path / "file")
+    assert ended.exit_code == 2, ended.output
+    assert f"{option}: no meaning for {other}" in ended.stderr
+    assert f"it is for {check}" in ended.stderr
+
+
+def test_a_good_sound_and_a_good_picture_are_compared(tmp_path: Path) -> None:
+    soundfile, image = pytest.importorskip("soundfile"), pytest.importorskip("PIL.Image")
+    soundfile.write(tmp_path / "own.wav", [0.0, 0.5, -0.5, 0.25] * 500, 8000)
+    image.new("RGBA", (9, 7), (10, 200, 30, 99)).save(tmp_path / "own.png")
+    ended = parity(
+        "run", "--only", "mel,image", "--audio", tmp_path / "own.wav", "--image", tmp_path / "own.png",
+        "--json", tmp_path / "run.json",
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    assert "--audio reached only mel" in " ".join(ended.stdout.split())
+    names = {row["name"] for c in json.loads((tmp_path / "run.json").read_text())["checks"] for row in c["rows"]}
+    assert {"own.wav: samples", "own.wav: torch.stft", "own.png", "own.png, resized"} <= names
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -48,6 +48,14 @@ def test_the_last_part_of_a_name_follows_the_rules():
     assert [link.axes for link in links] == [(1, 0), None, None, None, None, None]
 
 
+def test_a_fused_projection_is_its_attentions_own():
+    jax_shapes = {"blocks.0.self_attn.in_proj.kernel": (4, 12), "in_proj.bias": (12,), "my_in_proj.kernel": (4, 6)}
+    torch_shapes = {"blocks.0.self_attn.in_proj_weight": (12, 4), "in_proj_bias": (12,), "my_in_proj.weight": (6, 4)}
+    links = bind(jax_shapes, torch_shapes)
+    assert [link.torch for link in links] == list(torch_shapes)
+    assert [link.axes for link in links] == [(1, 0), None, (1, 0)]
+
+
 @pytest.mark.parametrize(
     ("there", "here"),
     [((6, 4, 3), (3, 4, 6)), ((6, 4, 3, 2), (3, 2, 4, 6)), ((6, 4, 3, 2, 5), (3, 2, 5, 4, 6)), ((6,), (6,))],
