@@ -1,6 +1,7 @@
 """The contenders of generate.py: each in a process of its own, on one core with one thread, serving a job per line.
 
-A worker is started as `python contenders.py NAME FOLDER`; it answers the jobs that come on stdin with JSON lines.
+A worker is started as `python contenders.py NAME FOLDER`, mel.py's as `python mel.py NAME FOLDER`; it answers the jobs
+that come on stdin with JSON lines.
 Nothing of a job's preparation is timed; every job runs once before the first round.
 """
 
@@ -85,9 +86,9 @@ def prompts(rows: int, length: int) -> list[list[int]]:
 class Worker:
     """A contender's process."""
 
-    def __init__(self, name: str, folder: Path, core: int) -> None:
+    def __init__(self, name: str, folder: Path, core: int, script: str = __file__) -> None:
         environment = os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(Path(__file__).resolve()), name, str(folder)]
+        command = [sys.executable, str(Path(script).resolve()), name, str(folder)]
         self.name = name
         self._process = subprocess.Popen(
             command,
@@ -99,10 +100,10 @@ class Worker:
         )
         self._answer()
 
-    def run(self, job: str, rows: int, length: int, new: int) -> dict[str, Any]:
-        """One round: wall and CPU seconds, and the ids that were made."""
+    def run(self, *job: str | int) -> dict[str, Any]:
+        """One round: wall and CPU seconds, and what was made (ids, or mel.py's error)."""
         assert self._process.stdin is not None
-        print(json.dumps([job, rows, length, new]), file=self._process.stdin, flush=True)
+        print(json.dumps(job), file=self._process.stdin, flush=True)
         return self._answer()
 
     def close(self) -> None:
@@ -125,10 +126,9 @@ def pin_to(core: int) -> None:
         os.sched_setaffinity(0, {core})
 
 
-def serve(name: str, folder: Path) -> None:
-    """Answer jobs until stdin ends."""
-    make = MAKERS[name](folder)
-    ready: dict[tuple[str, int, int, int], Job] = {}
+def serve(make: Callable[..., Callable[[], Any]], told: Callable[[Any], Any] = lambda made: made) -> None:
+    """Answer jobs until stdin ends; `told` makes JSON of a result, when the clocks have stopped."""
+    ready: dict[tuple[Any, ...], Callable[[], Any]] = {}
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         key = tuple(json.loads(line))
@@ -136,9 +136,9 @@ def serve(name: str, folder: Path) -> None:
             ready[key] = make(*key)
             ready[key]()
         cpu, wall = time.process_time(), time.perf_counter()
-        ids = ready[key]()
+        made = ready[key]()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        print(json.dumps({"wall": wall, "cpu": cpu, "ids": ids}), flush=True)
+        print(json.dumps({"wall": wall, "cpu": cpu, "made": told(made)}), flush=True)
 
 
 def hf(folder: Path) -> Maker:
@@ -285,4 +285,4 @@ def gemv(folder: Path) -> Maker:
 MAKERS = {"hf": hf, "omni_torch": omni_torch, "omni_jax": omni_jax, "gemv": gemv}
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]))
+    serve(MAKERS[sys.argv[1]](Path(sys.argv[2])))

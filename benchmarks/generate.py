@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 from contenders import CONTENDERS, MODEL, ONE_THREAD, ROOT, Worker, bytes_per_token, pin_to, write_weights
 
 ASSETS = ROOT / "parity" / "assets"
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
+HEAD = "# Speed\n\nEvery section is written by the tool that it names; no figure is set by hand.\n"
 PROMPT = "In a little house on the island lived Ada, a careful gardener."
 
 
@@ -66,14 +68,14 @@ def main() -> None:
     if given.json and str(given.json) != "-":
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if given.write:
-        given.write.write_text(markdown(result), encoding="utf-8")
+        write_section(given.write, markdown(result))
     print(json.dumps(result) if str(given.json) == "-" else text(result))
 
 
 def measure(rounds: int, quick: bool) -> dict[str, Any]:
     """Every round of every job and contender."""
     core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    found: dict[str, Any] = {"machine": machine(), "rounds": rounds, "jobs": []}
+    found: dict[str, Any] = {"machine": machine(*PACKAGES), "rounds": rounds, "jobs": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_weights(folder)
@@ -101,7 +103,7 @@ def measure_job(job: Job, workers: list[Worker], rounds: int) -> dict[str, Any]:
             answer = worker.run(job.kind, job.rows, job.length, job.new)
             for clock in ("cpu", "wall"):
                 times[worker.name][clock].append(answer[clock])
-            ids[worker.name] = answer["ids"]
+            ids[worker.name] = answer["made"]
     show("")
     tokens = job.rows * (job.new if job.kind == "decode" else job.length)
     return {
@@ -154,9 +156,8 @@ def first_token(twin: str, folder: Path, core: int, rounds: int) -> dict[str, An
     return {"cold": seconds[0], "warm": seconds[1:], "median": median(seconds[1:]), "aim": 1.0}
 
 
-def machine() -> dict[str, str]:
+def machine(*packages: str) -> dict[str, str]:
     """What the figures depend on; no names."""
-    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     vectors = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
     cores = os.cpu_count()
@@ -224,16 +225,30 @@ def text(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The report for docs/."""
-    lines = [
-        "# Speed",
-        "",
-        "Written by `python benchmarks/generate.py --write docs/speed.md`; no figure is set by hand.",
-    ]
+    """The report's section in docs/."""
+    lines = ["## Decoding", "", "Written by `python benchmarks/generate.py --write docs/speed.md`."]
     lines += ["", "Machine: " + ", ".join(f"{key} {value}" for key, value in result["machine"].items()) + "."]
     for rows in (table(result), first_rows(result)):
-        lines += ["", *(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])]
+        lines += ["", *markdown_table(rows)]
     return "\n".join(lines + ["", *(f"* {note}" for note in notes(result))]) + "\n"
+
+
+def markdown_table(rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, the first row being its head."""
+    return [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+
+
+def write_section(path: Path, section: str) -> None:
+    """Put a section, which begins with "## " and its name, into a report; other tools' sections stay as they are."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    heading = section.partition("\n")[0]
+    sections = [f"## {part.strip()}\n" for part in ("\n" + old).split("\n## ")[1:]]
+    names = [part.partition("\n")[0] for part in sections]
+    if heading in names:
+        sections[names.index(heading)] = section
+    else:
+        sections.append(section)
+    path.write_text("\n".join([HEAD, *sections]), encoding="utf-8")
 
 
 def show(line: str) -> None:

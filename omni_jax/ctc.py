@@ -42,13 +42,13 @@ def ctc_loss(
     the last term only where symbol s is neither blank nor the same as s − 2. A target that needs more frames than there
     are (its symbols, and one more for each pair of equal neighbours) is an error; inside jit, where values cannot be
     looked at, its loss is inf, with a gradient of 0. The same holds for a target of probability 0. Inside jit a symbol
-    that is no symbol makes the loss NaN.
+    that is no symbol makes the loss NaN; so does a NaN among a clip's logits, everywhere.
 
     Raises:
         ValueError: shapes or dtypes that do not fit; lengths outside 1 … T and 0 … N; a symbol outside 0 … V − 1, or
             the blank, within a target; a target with more symbols than its frames can spell.
 
-    Source: Graves et al., Connectionist temporal classification, ICML 2006, equations 6 to 8.
+    Source: Graves et al., Connectionist temporal classification, ICML 2006.
     """
     for name, x in (("logits", logits_BTV), ("targets", targets_BN)):
         _check_array(name, x)

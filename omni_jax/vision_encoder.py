@@ -119,7 +119,7 @@ class ViTTiny(nnx.Module):
     Raises:
         ValueError: a number out of range, an img_size that patch does not divide, a d that heads does not divide.
 
-    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929, section 3.1.
+    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929.
     """
 
     def __init__(
@@ -160,6 +160,8 @@ class ViTTiny(nnx.Module):
 
     def __call__(self, images_B3HW: Float[Array, "B 3 H W"]) -> tuple[Float[Array, "B 1 D"], Float[Array, "B N D"]]:
         """Images (B, 3, H, W) to (the CLS token's vector (B, 1, D), the patches' row by row (B, N, D)).
+
+        A NaN in an image makes both NaN.
 
         Raises:
             ValueError: images of another shape, not floating (levels of 0 … 255 must be divided by 255 first), or of

@@ -39,6 +39,8 @@ __all__ = [
     "plot_mel",
 ]
 
+_BLOCK = 256  # frames computed at once
+
 
 def load_audio(path: str | os.PathLike[str], sample_rate: int = 16000) -> Float[Tensor, " N"]:
     """The wave of a sound file (WAV, FLAC, OGG, ...): (N,), float32, mono, at `sample_rate`.
@@ -48,7 +50,7 @@ def load_audio(path: str | os.PathLike[str], sample_rate: int = 16000) -> Float[
 
     Raises:
         ValueError: the file is missing, empty, not a sound file or damaged; it has no samples, or NaN or Inf among
-            them; sample_rate is not an integer from 1 up.
+            them, or more than 536,870,912; sample_rate is not an integer from 1 up.
     """
     return torch.from_numpy(read_audio(path, sample_rate))
 
@@ -76,21 +78,24 @@ def mel_spectrogram(
     n_fft. With `center` the wave is padded by n_fft // 2 on either side, "reflect"-ed at its first and last sample or
     by zeros ("constant", librosa's default), so that frame t is centred on sample t·hop_length. librosa's defaults are
     norm="slaney" and mel_scale="slaney". Computed in promote_types(dtype, float32). A silent frame has a gradient of 0.
+    In float32 the error is below 1e-6 of the largest value, unless the loudest frequency lies outside f_min … f_max:
+    then below 1e-6 times how much louder it is, since a Fourier transform errs in proportion to all of a frame.
 
     All arguments but `wave` are Python values. Inside torch.compile and torch.func.vmap a NaN stays NaN.
 
     Raises:
-        ValueError: a wave of another rank or not floating, empty, with NaN or Inf, or too short for the padding or the
-            window; what mel_filter_bank refuses; a hop, window, power or pad_mode that is not allowed.
+        ValueError: a wave of another rank or not floating, empty, with NaN, Inf or values whose power would be Inf, or
+            too short for the padding or the window; what mel_filter_bank refuses; a hop, window, power or pad_mode that
+            is not allowed.
 
-    Source: Davis & Mermelstein, IEEE Transactions on Acoustics, Speech and Signal Processing 28 (1980), section II.
+    Source: Davis & Mermelstein, IEEE Transactions on Acoustics, Speech and Signal Processing 28 (1980).
     """
     win_length = n_fft if win_length is None else win_length
-    bank_FM = mel_filter_bank(sample_rate, n_fft, n_mels, f_min, f_max, norm, mel_scale)
     _check_settings(n_fft, hop_length, win_length, power, pad_mode)
-    _check_wave(wave)
+    _check_wave(wave, n_fft, power)
     wave_BN = wave if wave.ndim == 2 else wave[None]
     _check_length(wave_BN.shape[1], n_fft, hop_length, center, pad_mode)
+    bank_FM = mel_filter_bank(sample_rate, n_fft, n_mels, f_min, f_max, norm, mel_scale)
     wide = statistics_dtype(wave_BN.dtype)
     mel_BMT = _mel(
         wave_BN.to(wide),
@@ -114,20 +119,31 @@ def _mel(
     power: float,
     pad_mode: Any,
 ) -> Float[Tensor, "B M T"]:
-    """pad_mode None: no padding."""
+    """pad_mode None: no padding.
+
+    In blocks of frames that stay in a CPU's cache: faster than all at once, and without gradients ten minutes need no
+    more memory for what lies between wave and bands than a few seconds.
+    """
     if pad_mode is not None:
         wave_BN = F.pad(wave_BN, (n_fft // 2, n_fft // 2), mode=pad_mode)
     # Only what lies under the window is cut out: where it stands in n_fft turns phases, not magnitudes.
     W = window_W.shape[0]
     left = (n_fft - W) // 2
     frames_BTW = wave_BN[:, left : wave_BN.shape[1] - (n_fft - W - left)].unfold(1, W, hop_length)
-    spectrum_BTF = torch.fft.rfft(frames_BTW * window_W, n=n_fft, dim=-1)
-    values_BTF = spectrum_BTF.real.square() + spectrum_BTF.imag.square()
-    if power != 2.0:
-        # Where nothing is, |X|^p has no derivative for p ≤ 1: 0 is taken.
-        sounding = values_BTF > 0.0
-        values_BTF = torch.where(sounding, torch.where(sounding, values_BTF, 1.0).pow(power / 2.0), 0.0)
-    return (values_BTF @ bank_FM).transpose(1, 2)
+
+    def bands(frames_BKW: Tensor) -> Tensor:
+        spectrum_BKF = torch.fft.rfft(frames_BKW * window_W, n=n_fft, dim=-1)
+        values_BKF = spectrum_BKF.real.square() + spectrum_BKF.imag.square()
+        if power != 2.0:
+            # Where nothing is, |X|^p has no derivative for p ≤ 1: 0 is taken.
+            sounding = values_BKF > 0.0
+            values_BKF = torch.where(sounding, torch.where(sounding, values_BKF, 1.0).pow(power / 2.0), 0.0)
+        return values_BKF @ bank_FM
+
+    block = max(1, _BLOCK // wave_BN.shape[0])
+    if torch.compiler.is_compiling():
+        block = frames_BTW.shape[1]  # the loop would be unrolled
+    return torch.cat([bands(frames) for frames in frames_BTW.split(block, dim=1)], dim=1).transpose(1, 2)
 
 
 def log_mel(mel: Float[Tensor, "*B"], floor: float = 1e-10) -> Float[Tensor, "*B"]:
@@ -147,7 +163,7 @@ def log_mel(mel: Float[Tensor, "*B"], floor: float = 1e-10) -> Float[Tensor, "*B
     return torch.log(torch.where(mel_wide > floor, mel_wide, floor))
 
 
-def _check_wave(wave: Any) -> None:
+def _check_wave(wave: Any, n_fft: int, power: float) -> None:
     _check_tensor("wave", wave)
     if wave.ndim not in (1, 2) or 0 in wave.shape:
         raise ValueError(
@@ -159,17 +175,27 @@ def _check_wave(wave: Any) -> None:
         )
     if torch.compiler.is_compiling():
         return  # its values are not known
-    finite = wave.detach().isfinite()
     try:
-        good = bool(finite.all())
+        peak = float(wave.detach().abs().max())
     except RuntimeError:
         return  # nor are they inside torch.func.vmap
-    if not good:
-        first = (~finite).nonzero()[0].tolist()
+    if not math.isfinite(peak):
+        first = (~wave.detach().isfinite()).nonzero()[0].tolist()
         raise ValueError(f"wave holds NaN or Inf, first at {first}: must be finite; cut the bad part out")
+    _check_peak(peak, torch.finfo(statistics_dtype(wave.dtype)).max, n_fft, power)
+
+
+def _check_peak(peak: float, largest: float, n_fft: int, power: float) -> None:
+    # |X| is at most n_fft·peak, and a band the sum of fewer than n_fft of its powers; |X|² is computed first.
+    most = (largest / n_fft) ** (1.0 / max(power, 2.0)) / n_fft
+    if peak > most:
+        raise ValueError(
+            f"wave reaches {peak:.1e}: must be at most {most:.1e}, or its power is Inf; scale it to [−1, 1]"
+        )
 
 
 def _check_settings(n_fft: int, hop_length: Any, win_length: Any, power: Any, pad_mode: Any) -> None:
+    check_count("n_fft", n_fft)
     check_count("hop_length", hop_length)
     check_count("win_length", win_length)
     if win_length > n_fft:

@@ -55,7 +55,8 @@ class AudioEncoderTiny(nn.Module):
 
         The axes are those of mel_spectrogram's result with the last two swapped. `lengths` (B,) says how many frames
         of each clip are its own: what lies behind them is never read, so that a clip in a batch is as it is alone, and
-        its result there is 0. U, and each length, is halved and rounded up once per convolution.
+        its result there is 0. U, and each length, is halved and rounded up once per convolution. A NaN in
+        a clip's own frames makes its result NaN.
 
         Raises:
             ValueError: a mel of another rank, width or dtype; lengths of another shape, not integers, or outside

@@ -21,7 +21,8 @@ __all__ = ["read_audio", "resample"]
 # what is left of frequencies begins to fall at 0.88 of that half, and nothing above it comes back as another one.
 _CUTOFF, _CROSSINGS, _BETA = 0.94, 64, 12.0
 _BLOCK = 1 << 20  # frames read at once: a file of many channels is never in memory as a whole
-_PHASES = 256  # phases whose taps are made at once
+_TAPS = 1 << 20  # taps made at once
+_MOST_SAMPLES = 1 << 29  # 9 hours at 16000 a second; a small file can claim a rate that makes any number of it
 
 
 def read_audio(path: str | os.PathLike[str], sample_rate: int = 16000) -> Float[np.ndarray, " N"]:
@@ -32,32 +33,45 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int = 16000) -> Float[
     format allows that.
 
     Raises:
-        ValueError: the file is missing, empty, not a sound file or damaged; it has no samples, or NaN or Inf among
-            them; sample_rate is not an integer from 1 up.
+        ValueError: the file is missing, empty, not a sound file or damaged; it has no samples, NaN or Inf among them,
+            or more than 536,870,912 of them, read or resampled; sample_rate is not an integer from 1 up.
         ModuleNotFoundError: soundfile is not installed.
     """
     import soundfile
 
     check_count("sample_rate", sample_rate)
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path is a {type(path).__name__}, must be a path; samples in an array need no loading")
     name = f"audio file {str(path)!r}"
     with open_regular_file(path, "audio file") as stream:
         try:
             with soundfile.SoundFile(stream) as file:
                 rate = file.samplerate
-                blocks = [block.mean(axis=1) for block in file.blocks(_BLOCK, dtype="float64", always_2d=True)]
+                blocks, count = [], 0
+                for block in file.blocks(_BLOCK, dtype="float64", always_2d=True):
+                    blocks.append(block.mean(axis=1))
+                    count += len(block)
+                    if max(count, count * sample_rate // rate) > _MOST_SAMPLES:
+                        raise ValueError(
+                            f"{name}, of {rate} samples a second, makes too many of them for sample_rate = "
+                            f"{sample_rate}: allowed are up to {_MOST_SAMPLES}; cut it into parts"
+                        )
         except (soundfile.SoundFileError, RuntimeError, TypeError) as bad:  # TypeError: raw data, which name no format
             raise ValueError(
                 f"{name} cannot be read as sound: {bad}; give an undamaged WAV, FLAC or OGG file"
             ) from None
-    wave = np.concatenate(blocks) if blocks else np.zeros(0)
-    if wave.size == 0:
-        raise ValueError(f"{name} holds no samples: must hold at least one; record or export it again")
+    if count == 0:
+        raise ValueError(f"{name} holds no samples, or was cut off: must hold at least one; record or export it again")
+    wave = np.concatenate(blocks)
     if not np.isfinite(wave).all():
         first = int(np.argmin(np.isfinite(wave)))
         raise ValueError(
             f"{name} holds {wave[first]} at sample {first}: must be finite; export it again, or cut the bad part out"
         )
-    return resample(wave, rate, sample_rate).astype(np.float32)
+    wave = resample(wave, rate, sample_rate)
+    if np.abs(wave).max() > np.finfo(np.float32).max:
+        raise ValueError(f"{name} reaches {np.abs(wave).max():.1e}: must fit into float32; export it in [−1, 1]")
+    return wave.astype(np.float32)
 
 
 def resample(wave: Float[np.ndarray, " N"], from_rate: int, to_rate: int) -> Float[np.ndarray, " R"]:
@@ -88,8 +102,9 @@ def resample(wave: Float[np.ndarray, " N"], from_rate: int, to_rate: int) -> Flo
     padded = np.pad(x, (reach, reach + M + 1))
     y = np.empty(count)
     rows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 2)
-    for first in range(0, min(L, count), _PHASES):
-        phases = np.arange(first, min(first + _PHASES, L, count))
+    at_once = max(1, _TAPS // (2 * reach + 2))
+    for first in range(0, min(L, count), at_once):
+        phases = np.arange(first, min(first + at_once, L, count))
         # Outputs phase, phase + L, ... have the same taps, and stand M inputs apart.
         for phase, taps in zip(phases.tolist(), _taps((phases * M % L) / L, cutoff, reach), strict=True):
             out = y[phase::L]

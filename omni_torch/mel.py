@@ -31,7 +31,7 @@ def hz_to_mel(frequencies: Float[np.ndarray, "*N"] | float, mel_scale: str = "ht
     Raises:
         ValueError: another scale.
 
-    Source: O'Shaughnessy, Speech Communication (1987), page 150; Slaney, Auditory Toolbox, Interval technical report
+    Source: O'Shaughnessy, Speech Communication (1987); Slaney, Auditory Toolbox, Interval technical report
     1998-010, mfcc.
 
     >>> round(float(hz_to_mel(1000.0)), 2), round(float(hz_to_mel(1000.0, "slaney")), 2)
@@ -116,7 +116,7 @@ def _filter_bank(
 def hann_window(win_length: int) -> Float[np.ndarray, " N"]:
     """The periodic Hann window, ½ − ½·cos(2πk / N) for k = 0 … N − 1: (N,), float64; of one sample: 1.
 
-    Source: Harris, On the use of windows for harmonic analysis, Proceedings of the IEEE 66 (1978), equation 27b.
+    Source: Harris, On the use of windows for harmonic analysis, Proceedings of the IEEE 66, 1978.
     """
     window = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(win_length) / win_length)
     if win_length == 1:

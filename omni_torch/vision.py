@@ -69,7 +69,7 @@ def patchify(images_B3HW: Shaped[Tensor, "B 3 H W"], patch: int) -> Shaped[Tenso
     Raises:
         ValueError: images of another shape, or sides that P does not divide.
 
-    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929, section 3.1.
+    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929.
     """
     _check_images(images_B3HW, patch)
     B, _, H, W = images_B3HW.shape
@@ -106,12 +106,14 @@ def resize_positions(
     computed in promote_types(dtype, float32). The same grid gives the same table.
 
     Raises:
-        ValueError: a table that does not have 1 + h·w rows, or a grid without patches.
+        ValueError: a table that is not floating or does not have 1 + h·w rows, or a grid without patches.
 
-    Source: Keys, Cubic Convolution Interpolation for Digital Image Processing, IEEE ASSP 29(6), 1981, equation 4.
+    Source: Keys, Cubic Convolution Interpolation for Digital Image Processing, IEEE ASSP 29(6), 1981.
     """
     _check_tensor("pos", pos)
     _check_grids(tuple(pos.shape), grid, new_grid)
+    if not pos.is_floating_point():
+        raise ValueError(f"pos has dtype {_name(pos.dtype)}: must be floating; give the table that a ViT has learnt")
     if tuple(grid) == tuple(new_grid):
         return pos
     wide = statistics_dtype(pos.dtype)
@@ -150,6 +152,9 @@ def _check_images(images: Any, patch: int) -> None:
 def _check_sides(patch: int, height: int, width: int) -> None:
     if type(patch) is not int or patch < 1:
         raise ValueError(f"patch = {patch!r} must be a number of pixels from 1 up; give for example 16")
+    for name, side in (("height", height), ("width", width)):
+        if not isinstance(side, int):
+            raise ValueError(f"{name} = {side!r} must be a number of pixels; give for example {patch}")
     if min(height, width) < 1 or height % patch or width % patch:
         nearest = " and ".join(str(max(1, math.floor(side / patch + 0.5)) * patch) for side in (height, width))
         raise ValueError(
@@ -160,7 +165,8 @@ def _check_sides(patch: int, height: int, width: int) -> None:
 
 def _check_grids(shape: tuple[int, ...], grid: tuple[int, int], new_grid: tuple[int, int]) -> None:
     for name, sides in (("grid", grid), ("new_grid", new_grid)):
-        if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        pair = isinstance(sides, (tuple, list)) and len(sides) == 2
+        if not pair or any(type(side) is not int or side < 1 for side in sides):
             raise ValueError(f"{name} = {sides!r} must be two numbers of patches from 1 up; give (rows, columns)")
     rows = 1 + math.prod(grid)
     if len(shape) != 3 or shape[:2] != (1, rows):

@@ -85,7 +85,7 @@ class ViTTiny(nn.Module):
     Raises:
         ValueError: a number out of range, an img_size that patch does not divide, a d that heads does not divide.
 
-    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929, section 3.1.
+    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929.
     """
 
     def __init__(
@@ -110,6 +110,8 @@ class ViTTiny(nn.Module):
 
     def forward(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B 1 D"], Float[Tensor, "B N D"]]:
         """Images (B, 3, H, W) to (the CLS token's vector (B, 1, D), the patches' row by row (B, N, D)).
+
+        A NaN in an image makes both NaN.
 
         Raises:
             ValueError: images of another shape, not floating (levels of 0 … 255 must be divided by 255 first), or of

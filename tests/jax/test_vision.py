@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import lax
 from PIL import Image
 
@@ -191,6 +193,33 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path, kind) -> None:
             load_image(write(tmp_path / "part", whole[:length]))
 
 
+def test_an_animation_gives_its_first_picture(tmp_path) -> None:
+    first, second = (Image.new("RGB", (3, 2), colour) for colour in ((9, 8, 7), (200, 0, 0)))
+    for name in ("a.gif", "a.png", "a.webp", "a.tif"):
+        lossless = {"lossless": True} if name == "a.webp" else {}
+        first.save(tmp_path / name, save_all=True, append_images=[second], **lossless)
+        assert np.array_equal(np.unique(levels(tmp_path / name).reshape(-1, 3), axis=0), [[9, 8, 7]]), name
+
+
+def test_text_beside_the_pixels_does_no_harm(tmp_path) -> None:
+    """Garbage where EXIF should be; a comment that unpacks to megabytes, which Pillow refuses."""
+    Image.fromarray(COLOURS).save(tmp_path / "a.jpg", exif=b"Exif\0\0garbage")
+    assert levels(tmp_path / "a.jpg").shape == COLOURS.shape
+    bomb = (b"zTXt", b"k\0\0" + zlib.compress(bytes(2**21)))
+    with pytest.raises(ValueError, match="is damaged or cut off"):
+        load_image(write(tmp_path / "a.png", png(1, 1, 8, 2, bytes(4), bomb)))
+
+
+def test_names_do_not_matter_and_other_files_are_refused(tmp_path) -> None:
+    Image.fromarray(COLOURS).save(tmp_path / "a.png")
+    assert np.array_equal(levels(write(tmp_path / "a.wav", (tmp_path / "a.png").read_bytes())), COLOURS)
+    with pytest.raises(ValueError, match="is not a picture that can be read"):
+        load_image(write(tmp_path / "b.png", b"RIFF\0\0\0\0WAVEfmt " + bytes(100)))
+    for path in (None, 3, b"a.png", "a\0b"):
+        with pytest.raises(ValueError, match=r"must be a path|not a valid path"):
+            load_image(path)
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(9460, 9460), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
 def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path, size) -> None:
@@ -305,3 +334,35 @@ def test_positions_refuse_another_grid() -> None:
     for grid in ((0, 3), (2.0, 3), (3,)):
         with pytest.raises(ValueError, match="two numbers of patches"):
             resize_positions(jnp.zeros((1, 10, 4)), (3, 3), grid)
+
+
+def test_unpatchify_and_positions_refuse_other_types() -> None:
+    for height in ("4", 4.0, None):
+        with pytest.raises(ValueError, match=r"height = .* must be a number of pixels"):
+            unpatchify(jnp.zeros((1, 4, 12)), 2, height, 4)
+    with pytest.raises(ValueError, match="new_grid = 3 must be two numbers of patches"):
+        resize_positions(jnp.zeros((1, 5, 4)), (2, 2), 3)
+    with pytest.raises(ValueError, match=r"pos has dtype .*int32: must be floating"):
+        resize_positions(jnp.zeros((1, 5, 4), jnp.int32), (2, 2), (3, 3))
+
+
+sides = st.integers(1, 5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sides, sides, sides, sides)
+def test_shapes_of_patches(B, patch, rows, columns) -> None:
+    shape = (B, 3, patch * rows, patch * columns)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    patches = jax.eval_shape(lambda x: patchify(x, patch), images)
+    assert patches.shape == (B, rows * columns, patch * patch * 3)
+    assert jax.eval_shape(lambda x: unpatchify(x, patch, *shape[2:]), patches).shape == shape
+
+
+@settings(max_examples=40, deadline=None)
+@given(sides, sides, sides, sides)
+def test_shapes_of_resized_pictures_and_positions(h, w, new_h, new_w) -> None:
+    assert resize(jnp.zeros((3, h, w), jnp.uint8), (new_h, new_w)).shape == (3, new_h, new_w)
+    pos = jax.ShapeDtypeStruct((1, 1 + h * w, 2), jnp.float32)
+    resized = jax.eval_shape(lambda pos: resize_positions(pos, (h, w), (new_h, new_w)), pos)
+    assert resized.shape == (1, 1 + new_h * new_w, 2)

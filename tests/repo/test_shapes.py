@@ -58,6 +58,30 @@ logits, loss = jax.eval_shape(lambda ids, batch: (model(ids, **batch), model.los
 assert logits.shape == (2, 9, 61) and loss.shape == ()
 assert jax.eval_shape(model.features, wave).shape == (13, 128)
 
+def media(omni, array):
+    # Every public function of sound and pictures, once.
+    bank = omni.mel_filter_bank(16000, 64, 8)
+    assert bank.shape == (33, 8) and omni.hz_to_mel(omni.mel_to_hz(np.ones(3))).shape == (3,)
+    assert omni.log_mel(omni.mel_spectrogram(array(np.stack([wave, wave])), n_fft=64, n_mels=8)).shape == (2, 8, 13)
+    assert omni.load_audio("examples/sample_audio.wav").shape == (35200,)
+    picture = omni.load_image("examples/sample_image.png", (16, 24))
+    assert picture.shape == (3, 16, 24)
+    assert omni.resize(array(np.zeros((3, 5, 7), np.uint8)), (2, 3)).shape == (3, 2, 3)
+    patches = omni.patchify(picture[None], 8)
+    assert patches.shape == (1, 6, 192) and omni.unpatchify(patches, 8, 16, 24).shape == (1, 3, 16, 24)
+    assert omni.resize_positions(array(np.zeros((1, 7, 4), np.float32)), (2, 3), (4, 5)).shape == (1, 21, 4)
+    logits, targets = np.zeros((2, 6, 5), np.float32), np.array([[1, 2], [3, 0]], np.int32)
+    lengths = np.array([6, 4], np.int32), np.array([2, 1], np.int32)
+    assert omni.ctc_loss(*map(array, (logits, targets, *lengths))).shape == (2,)
+
+media(omni_torch, torch.from_numpy)
+media(omni_jax, jax.numpy.asarray)
+net = omni_torch.ViTTiny(img_size=16, patch=8, **encoder).eval()
+cls, grid = net(torch.zeros(2, 3, 16, 24))
+assert cls.shape == (2, 1, 12) and grid.shape == (2, 6, 12)
+out, lengths = omni_torch.AudioEncoderTiny(**encoder).eval()(given["mel"], given["mel_lengths"])
+assert omni_torch.CTCHead(12, 5)(out).shape == (2, 3, 5) and lengths.tolist() == [3, 2]
+
 try:
     omni_torch.losses.cross_entropy(torch.zeros(2, 3, 61), torch.zeros(2, 3))  # float targets
 except TypeCheckError:

@@ -21,6 +21,8 @@ SURFACE = {
         "--config",
         "--checkpoint",
         "--text",
+        "--audio",
+        "--image",
         "--precision",
         "--device",
         "--matmul",

@@ -8,6 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from omni_torch.audio import (
     frames_per_second,
@@ -65,11 +67,11 @@ def draw(seed: int) -> tuple[np.ndarray, dict]:
 
 def by_librosa(librosa, wave: np.ndarray, settings: dict) -> np.ndarray:
     names = {"sample_rate": "sr", "f_min": "fmin", "f_max": "fmax"}
-    given = {names.get(name, name): value for name, value in settings.items() if name != "mel_scale"}
+    chosen = {names.get(name, name): value for name, value in settings.items() if name != "mel_scale"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # some drawn bands are empty
         return librosa.feature.melspectrogram(
-            y=wave, window="hann", htk=settings["mel_scale"] == "htk", dtype=np.float64, **given
+            y=wave, window="hann", htk=settings["mel_scale"] == "htk", dtype=np.float64, **chosen
         )
 
 
@@ -338,6 +340,72 @@ def test_a_file_cut_off_is_read_as_far_as_it_goes(soundfile, tmp_path) -> None:
     whole = np.asarray(load_audio(path))
     path.write_bytes(path.read_bytes()[:4044])
     assert np.array_equal(load_audio(path), whole[:2000])
+
+
+def test_what_is_no_path_and_what_would_fill_the_memory(soundfile, tmp_path) -> None:
+    for path in (None, 3, b"a.wav", [0.0], np.zeros(3)):
+        with pytest.raises(ValueError, match="must be a path"):
+            load_audio(path)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(16000), 16000)
+    with pytest.raises(ValueError, match=r"allowed are up to 536870912; cut it into parts"):
+        load_audio(path, 10**12)
+    soundfile.write(path, tone(16000), 1)  # a small file can claim any rate
+    with pytest.raises(ValueError, match="of 1 samples a second, makes too many of them"):
+        load_audio(path, 10**6)
+    soundfile.write(path, np.array([0.0, 1e300]), 16000, subtype="DOUBLE")
+    with pytest.raises(ValueError, match=r"reaches 1.0e\+300: must fit into float32"):
+        load_audio(path)
+
+
+def test_a_wave_too_loud_for_its_dtype() -> None:
+    for power in (2.0, 1.0, 0.01):
+        with pytest.raises(ValueError, match=r"wave reaches 1.0e\+30: must be at most .*, or its power is Inf"):
+            mel_spectrogram(torch.full((2000,), 1e30), power=power)
+    assert mel_spectrogram(torch.full((2000,), 1e13)).max() < np.inf
+
+
+@pytest.mark.parametrize("name", ["a.flac", "a.wav"])
+def test_ten_minutes_of_two_channels(soundfile, tmp_path, name) -> None:
+    """In 24 bits, and of another rate; the last second is heard as it is alone."""
+    rate, seconds = 22050, 600
+    second = np.stack([tone(rate, 440.0, 1.0), tone(rate, 1000.0, 1.0)], axis=1)
+    whole = np.concatenate([np.zeros((rate * (seconds - 1), 2)), second])
+    soundfile.write(tmp_path / name, whole, rate, subtype="PCM_24")
+    loaded = load_audio(tmp_path / name)
+    assert loaded.shape == (16000 * seconds,)
+    mel = mel_spectrogram(loaded, n_fft=256, n_mels=8)
+    assert mel.shape == (8, 100 * seconds + 1)
+    assert not mel[:, : 100 * (seconds - 2)].any()
+    alone = mel_spectrogram(loaded[-16000:], n_fft=256, n_mels=8)
+    assert_near(mel[:, -90:], np.asarray(alone[:, -90:]), MOST_FLOAT32)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_silence_stays_silence(soundfile, tmp_path, channels) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros((4410, channels)), 44100, subtype="PCM_U8")
+    loaded = load_audio(tmp_path / "a.wav")
+    assert not loaded.any()
+    assert np.isfinite(np.asarray(log_mel(mel_spectrogram(loaded)))).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 60))
+def test_resampled_lengths(samples, from_rate, to_rate) -> None:
+    assert resample(np.ones(samples), from_rate, to_rate).shape == (-(-samples * to_rate // from_rate),)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_shapes(data) -> None:
+    """Whatever is allowed: (B, n_mels, num_frames), the clip alone without B."""
+    n_fft = data.draw(st.integers(1, 64))
+    chosen = {"n_fft": n_fft, "hop_length": data.draw(st.integers(1, 80)), "n_mels": data.draw(st.integers(1, 12))}
+    chosen |= {"win_length": data.draw(st.integers(1, n_fft)), "center": data.draw(st.booleans())}
+    shape = (*data.draw(st.lists(st.integers(1, 3), max_size=1)), data.draw(st.integers(n_fft, 300)))
+    mel = mel_spectrogram(torch.zeros(shape), **chosen)
+    frames = num_frames(shape[-1], n_fft, chosen["hop_length"], chosen["center"])
+    assert mel.shape == (*shape[:-1], chosen["n_mels"], frames)
 
 
 # The figure ----------------------------------------------------------------------------------------------------------
