@@ -20,6 +20,7 @@ __all__ = ["read_audio", "resample"]
 # on either side by a Kaiser window with β = 12, whose side lobes lie 118 dB down:
 # what is left of frequencies begins to fall at 0.88 of that half, and nothing above it comes back as another one.
 _CUTOFF, _CROSSINGS, _BETA = 0.94, 64, 12.0
+_MOST_RATE = 1 << 20  # Hz: a header can claim any, and a rate that is far from ours needs memory in proportion
 _BLOCK = 1 << 20  # frames read at once: a file of many channels is never in memory as a whole
 _TAPS = 1 << 20  # taps made at once
 _MOST_SAMPLES = 1 << 29  # 9 hours at 16000 a second; a small file can claim a rate that makes any number of it
@@ -83,12 +84,17 @@ def resample(wave: Float[np.ndarray, " N"], from_rate: int, to_rate: int) -> Flo
     divided by their sum, so that a constant stays one, away from the ends. Equal rates change nothing.
 
     Raises:
-        ValueError: a rate that is not an integer from 1 up; a wave that is not (N,) with N at least 1.
+        ValueError: a rate that is not an integer from 1 up, or from_rate beyond 1,048,576; a wave that is not (N,)
+            with N at least 1.
 
     Source: Smith & Gossett, A flexible sampling-rate conversion method, ICASSP 1984.
     """
     check_count("sample_rate", from_rate)
     check_count("sample_rate", to_rate)
+    if from_rate > _MOST_RATE:
+        raise ValueError(
+            f"the sound has {from_rate} samples a second: must be at most {_MOST_RATE}; export it at its true rate"
+        )
     x = np.asarray(wave, np.float64)
     if x.ndim != 1 or x.size == 0:
         raise ValueError(f"wave has shape {x.shape}: must be (N,) with N at least 1; give one channel")

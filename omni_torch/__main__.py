@@ -59,21 +59,44 @@ def root() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option("--config", help="Config file (JSON): the model's and the training's keys.")],
-    text: Annotated[Path, typer.Option("--text", help="Training text: UTF-8, one document a line.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run: checkpoints, metrics, tokenizer.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="SentencePiece model; left out, one is trained on the text.")
+    task: Annotated[
+        str, typer.Option("--task", help="text: ThinkerLM on a text file; world: OmniLM on the toy world.")
+    ] = "text",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="For text: config file (JSON), the model's and the training's keys.")
     ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="For text: the training text, UTF-8, one document a line.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", help="For text: SentencePiece model; left out, one is trained on the text."),
+    ] = None,
+    difficulty: Annotated[int, typer.Option("--difficulty", help="For world: 1 (easy) to 3.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, of either twin.")] = False,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Updates, in place of the config's.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed, in place of the config's.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train a ThinkerLM on a text file; Ctrl-C saves, and --resume goes on."""
-    from .training import train as train_run
-
+    """Train a model on a text file, or on the toy world; Ctrl-C saves, and --resume goes on."""
     with _exit_codes(f"interrupted; go on with --resume if {out / 'last.pt'} is there"):
+        if task == "world":
+            from .world_train import train_world
+
+            if config is not None or text is not None or tokenizer is not None:
+                raise ValueError("--config, --text and --tokenizer are for --task text; the world has its own")
+            found = train_world(
+                out, max_steps=max_steps, seed=seed or 0, difficulty=difficulty, resume=resume, quiet=quiet
+            )
+            print(json.dumps(found, indent=2))
+            return
+        if task != "text":
+            raise ValueError(f"--task {task} is not allowed: must be text or world")
+        if config is None or text is None:
+            raise ValueError("--task text needs --config FILE and --text FILE; give them, or --task world")
+        from .training import train as train_run
+
         state = train_run(config, text, out, tokenizer, resume=resume, max_steps=max_steps, seed=seed, quiet=quiet)
     if not quiet:
         best = f", lowest validation loss {state.best_val_loss:.4f}" if math.isfinite(state.best_val_loss) else ""

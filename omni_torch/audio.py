@@ -95,18 +95,28 @@ def mel_spectrogram(
     _check_wave(wave, n_fft, power)
     wave_BN = wave if wave.ndim == 2 else wave[None]
     _check_length(wave_BN.shape[1], n_fft, hop_length, center, pad_mode)
-    bank_FM = mel_filter_bank(sample_rate, n_fft, n_mels, f_min, f_max, norm, mel_scale)
     wide = statistics_dtype(wave_BN.dtype)
     mel_BMT = _mel(
         wave_BN.to(wide),
-        torch.tensor(hann_window(win_length), dtype=wide, device=wave.device),
-        torch.tensor(bank_FM, dtype=wide, device=wave.device),
+        _window(win_length).to(wave.device, wide),
+        _bank(sample_rate, n_fft, n_mels, f_min, f_max, norm, mel_scale).to(wave.device, wide),
         n_fft=int(n_fft),
         hop_length=int(hop_length),
         power=float(power),
         pad_mode=pad_mode if center else None,
     )
     return mel_BMT if wave.ndim == 2 else mel_BMT[0]
+
+
+# torch.compile cannot follow numpy there: what depends on Python values alone is a constant to it.
+@torch.compiler.assume_constant_result
+def _window(win_length: int) -> Float[Tensor, " W"]:
+    return torch.tensor(hann_window(win_length))
+
+
+@torch.compiler.assume_constant_result
+def _bank(*settings: Any) -> Float[Tensor, "F M"]:
+    return torch.tensor(mel_filter_bank(*settings))
 
 
 def _mel(

@@ -211,7 +211,7 @@ class OmniLM(nn.Module):
         mel_lengths (None: all). has_image and has_audio (B,) say which rows have them (None: all); what the others
         hold there is never read, and they are as they would be without. `attention_mask` (B, T) is True for tokens that
         are not padding. The last T of the N positions are the text's, unless it was cut: all is cut to ctx_len as the
-        family does (see `fuse`).
+        family does (see `fuse`), and by the batch's lengths, so that a long clip in one row cuts the text of all.
 
         Raises:
             ValueError: an input of another shape or dtype, of a sense that the model lacks, or without what it is

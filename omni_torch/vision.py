@@ -117,25 +117,24 @@ def resize_positions(
     if tuple(grid) == tuple(new_grid):
         return pos
     wide = statistics_dtype(pos.dtype)
-    rows, columns = (
-        torch.from_numpy(_cubic(old, new)).to(pos.device, wide) for old, new in zip(grid, new_grid, strict=True)
-    )
+    rows, columns = (_cubic(old, new).to(pos.device, wide) for old, new in zip(grid, new_grid, strict=True))
     table_hwD = pos[0, 1:].reshape(*grid, -1).to(wide)
     table_hwD = torch.einsum("ah,hwd->awd", rows, table_hwD)
     table_hwD = torch.einsum("bw,awd->abd", columns, table_hwD).to(pos.dtype)
     return torch.cat([pos[:, :1], table_hwD.reshape(1, -1, pos.shape[-1])], dim=1)
 
 
-def _cubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
+def _cubic(old: int, new: int) -> Float[Tensor, "new old"]:
     """Row i: how much each of `old` values along a side gives to value i of `new`. In float64."""
-    at_N = (np.arange(new) + 0.5) * (old / new) - 0.5
-    first_N = np.floor(at_N).astype(np.int64)
-    weights = np.zeros((new, old))
+    at_N = (torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5
+    first_N = at_N.floor()
+    weights = torch.zeros(new, old, dtype=torch.float64)
     for tap in range(-1, 3):
-        x_N = np.abs(at_N - (first_N + tap))
+        x_N = (at_N - (first_N + tap)).abs()
         near_N = (_CUBIC + 2.0) * x_N**3 - (_CUBIC + 3.0) * x_N**2 + 1.0
         far_N = _CUBIC * (x_N**3 - 5.0 * x_N**2 + 8.0 * x_N - 4.0)
-        np.add.at(weights, (np.arange(new), np.clip(first_N + tap, 0, old - 1)), np.where(x_N <= 1.0, near_N, far_N))
+        here = (first_N + tap).clamp(0, old - 1)[:, None] == torch.arange(old)
+        weights = weights + torch.where(x_N <= 1.0, near_N, far_N)[:, None] * here
     return weights
 
 

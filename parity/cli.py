@@ -20,6 +20,7 @@ import typer
 
 from parity import cache, checks
 from parity.errors import CannotLook, Misuse
+from parity.mutants.command import mutants
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -439,6 +440,9 @@ def _plain_progress() -> Iterator[Callable[[int, int, str], None]]:
             bar.update(task, completed=done, total=total, description=label[: max(10, console.width - 80)])
 
         yield progress
+
+
+app.command()(_guarded(mutants))
 
 
 def _version(asked: bool) -> None:

@@ -425,3 +425,8 @@ def test_figure(tmp_path) -> None:
         plot_mel(mel[None], 16000, 160)
     with pytest.raises(ValueError, match="must be a power"):
         plot_mel(log_mel(mel), 16000, 160)
+
+
+def test_a_rate_that_no_sound_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="2147483647 samples a second: must be at most 1048576"):
+        resample(np.zeros(8), 2**31 - 1, 16000)

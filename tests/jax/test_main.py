@@ -43,7 +43,10 @@ CTX_LEN = 48
 COMMON = {"--checkpoint", "--tokenizer", "--config", "--n-heads", "--max-new-tokens", "--temperature"}
 COMMON |= {"--top-k", "--top-p", "--repetition-penalty", "--seed"}
 SURFACE = {
-    "train": {"--config", "--text", "--out", "--tokenizer", "--resume", "--max-steps", "--seed", "--quiet"},
+    "train": {
+        *("--task", "--difficulty", "--config", "--text", "--out", "--tokenizer", "--resume", "--max-steps", "--seed"),
+        "--quiet",
+    },
     "generate": COMMON | {"--prompt", "--image", "--audio", "--num-samples", "--window", "--json", "--stream"},
     "chat": COMMON,
     "inspect": {"checkpoint", "--config", "--n-heads", "--json"},

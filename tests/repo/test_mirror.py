@@ -236,6 +236,8 @@ ALIKE = [
     "train_config",
     "training_format",
     "training_text",
+    "world",
+    "world_batch",
 ]
 
 

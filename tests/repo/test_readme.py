@@ -41,13 +41,14 @@ def test_the_checkpoint_loads_and_generates_in_jax():
 COMMANDS = re.findall(r"^python (-m omni_\w+ (?:inspect|generate|convert) .*?) *(?:#.*)?$", README, re.M)
 
 
-def test_there_are_three_commands():
-    assert [line.split()[2] for line in COMMANDS] == ["inspect", "generate", "convert"]
+def test_there_are_five_commands():
+    assert [line.split()[2] for line in COMMANDS] == ["inspect", "generate", "convert", "generate", "generate"]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_command_runs_as_it_stands(tmp_path, line):
-    (tmp_path / "parity").symlink_to(ROOT / "parity")
+    for folder in ("parity", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, *shlex.split(line)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300

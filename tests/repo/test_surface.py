@@ -36,6 +36,7 @@ SURFACE = {
     "doctor": {"--json"},
     "calibrate": {"--draws", "--seed", "--json"},
     "optimizers": {"--steps", "--lr", "--seed", "--json"},
+    "mutants": {"--gate", "--only", "--json"},
 }
 
 BLOCKER = """

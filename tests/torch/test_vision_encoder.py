@@ -184,3 +184,11 @@ def test_images_that_do_not_fit_are_refused(model) -> None:
 def test_settings_out_of_range_are_refused(change, words) -> None:
     with pytest.raises(ValueError, match=words):
         ViTTiny(**(SIZES | change))
+
+
+def test_other_sizes_compile_whole() -> None:
+    model = ViTTiny(16, 8, 8, 1, 2, 16, 0.0).eval()
+    images = torch.rand(1, 3, 24, 16, generator=torch.Generator().manual_seed(0))
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for got, want in zip(whole(images), model(images), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
