@@ -81,7 +81,8 @@ def mel_spectrogram(
     In float32 the error is below 1e-6 of the largest value, unless the loudest frequency lies outside f_min … f_max:
     then below 1e-6 times how much louder it is, since a Fourier transform errs in proportion to all of a frame.
 
-    All arguments but `wave` are Python values. Inside torch.compile and torch.func.vmap a NaN stays NaN.
+    All arguments but `wave` are Python values. Inside torch.func.vmap a NaN stays NaN. torch.compile cannot enter it,
+    since window and filter bank are made by numpy: give a compiled function the spectrogram.
 
     Raises:
         ValueError: a wave of another rank or not floating, empty, with NaN, Inf or values whose power would be Inf, or
@@ -95,28 +96,18 @@ def mel_spectrogram(
     _check_wave(wave, n_fft, power)
     wave_BN = wave if wave.ndim == 2 else wave[None]
     _check_length(wave_BN.shape[1], n_fft, hop_length, center, pad_mode)
+    bank_FM = mel_filter_bank(sample_rate, n_fft, n_mels, f_min, f_max, norm, mel_scale)
     wide = statistics_dtype(wave_BN.dtype)
     mel_BMT = _mel(
         wave_BN.to(wide),
-        _window(win_length).to(wave.device, wide),
-        _bank(sample_rate, n_fft, n_mels, f_min, f_max, norm, mel_scale).to(wave.device, wide),
+        torch.tensor(hann_window(win_length), dtype=wide, device=wave.device),
+        torch.tensor(bank_FM, dtype=wide, device=wave.device),
         n_fft=int(n_fft),
         hop_length=int(hop_length),
         power=float(power),
         pad_mode=pad_mode if center else None,
     )
     return mel_BMT if wave.ndim == 2 else mel_BMT[0]
-
-
-# torch.compile cannot follow numpy there: what depends on Python values alone is a constant to it.
-@torch.compiler.assume_constant_result
-def _window(win_length: int) -> Float[Tensor, " W"]:
-    return torch.tensor(hann_window(win_length))
-
-
-@torch.compiler.assume_constant_result
-def _bank(*settings: Any) -> Float[Tensor, "F M"]:
-    return torch.tensor(mel_filter_bank(*settings))
 
 
 def _mel(

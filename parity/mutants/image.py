@@ -27,7 +27,7 @@ MUTANTS = (
     _mutant("bicubic-half", "V02", "a = −0.5 for −0.75 in the table of positions: in both twins",
             *(Edit(f"omni_{side}.vision", "_cubic", "_CUBIC", "-0.5", 3) for side in ("jax", "torch"))),
     _mutant("positions-linear", "V07", "positions are interpolated linearly",
-            Edit("omni_torch.vision", "_cubic", "np.where(x_N <= 1.0, near_N, far_N)", "np.maximum(1.0 - x_N, 0.0)"),
+            Edit("omni_torch.vision", "_cubic", "torch.where(x_N <= 1.0, near_N, far_N)", "(1.0 - x_N).clamp(min=0.0)"),
             needs="another grid than the learnt one"),
     _mutant("positions-turned", "V07", "rows and columns of the grid change places",
             Edit("omni_jax.vision", "resize_positions", "jnp.reshape(pos[0, 1:], (*grid, -1))",
