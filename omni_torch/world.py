@@ -94,8 +94,9 @@ _ENDS = (0.02, 0.06)  # seconds before the first and behind the last word
 
 
 class Picture(NamedTuple):
-    """pixels: (48, 48, 3), levels of 0 … 255; kinds: the (colour, shape) in it, "" for one
-    that has no name; questions: (question, answer)."""
+    """pixels: (48, 48, 3), levels of 0 … 255; kinds: the (colour, shape) in it, "" for one that has no name;
+    questions: (question, answer), with the caption's first if all has a name (else "a red thing" would be learnt, and
+    said of any shape that was never seen red)."""
 
     pixels: UInt8[np.ndarray, "H W 3"]
     caption: str
@@ -147,8 +148,8 @@ def make_picture(seed: int, split: str, index: int, difficulty: int = 1) -> Pict
         paints.append(_PAINTS[kinds[1][0]])
     elif split != "heldout" and (luck := random.random()) < 0.75:
         # A colour or a shape without a name. Without them red would come to mean "no circle", and a circle "not red".
-        kinds = [("", shape) if luck < 0.45 else (colour, "")]
-        paints = [_unnamed_paint(random, shape)] if luck < 0.45 else paints
+        kinds = [("", shape) if luck < 0.5 else (colour, "")]
+        paints = [_unnamed_paint(random, shape)] if luck < 0.5 else paints
     count = 1 if len(kinds) > 1 else int(random.integers(1, level.most_shapes + 1))
     quarters = random.permutation(4)
     ground = random.uniform(0.0, 255.0)
@@ -317,7 +318,7 @@ def _unnamed_paint(random: np.random.Generator, shape: str) -> Float64[np.ndarra
     """Any colour, but none like the shape's held-out one."""
     banned = next(paint for colour, paint in _PAINTS.items() if is_held_out_pair(colour, shape))
     paint = banned
-    while np.abs(paint - banned).max() < 90.0:
+    while np.abs(paint - banned).max() < 75.0:
         paint = random.uniform(0.0, 255.0, 3)
     return paint
 
@@ -341,8 +342,9 @@ def _a(thing: str) -> str:
 
 
 def _words(kinds: list[tuple[str, str]], count: int, places: list[str]) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The caption, and questions with their answers; "caption:" is one of them."""
+    """The caption, and questions with their answers; "caption:" comes first, if all in the picture has a name."""
     colour, shape = kinds[0]
+    asked = colour and shape  # where there are two kinds, each has both
     if len(kinds) > 1:
         caption = " and ".join(_a(" ".join(kind)) for kind in kinds)
         questions = [("how many?", _COUNTS[len(kinds) - 1])]
@@ -356,7 +358,7 @@ def _words(kinds: list[tuple[str, str]], count: int, places: list[str]) -> tuple
         questions += [("what shape?", shape)] if shape else []
         questions += [("how many?", _COUNTS[count - 1])]
         questions += [("where?", " and ".join(places))] if count < 4 else []
-    return caption, (("caption:", caption), *questions)
+    return caption, (*([("caption:", caption)] if asked else []), *questions)
 
 
 def _cover(figure: str, y: float, x: float, radius: float, turn: float) -> Float64[np.ndarray, "H W"]:

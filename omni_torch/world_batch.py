@@ -21,7 +21,7 @@ from .mel import num_frames
 from .omni_config import AudioConfig, OmniConfig, VisionConfig
 from .tokenizer import BPETokenizer
 from .train_config import TrainConfig
-from .world import LISTEN, Picture, longest_clip, make_clip, make_picture, make_story, world_words
+from .world import COLOURS, LISTEN, Picture, longest_clip, make_clip, make_picture, make_story, world_words
 
 __all__ = [
     "WorldRows",
@@ -42,10 +42,11 @@ _CLIPS, _BOTH, _STORIES = 8, 10, 4
 _TOKENS = {1: (26, 34), 2: (26, 34), 3: (64, 80)}  # of a row's text, in the two parts; what does not fit is not asked
 # In the first part of a run, as long as shapes are not known, words would teach what the eyes should: that after "red"
 # no circle comes. So until then no caption is asked for, and no word of a picture's answers is shown when the next one
-# is predicted. Later so many rows ask for the caption and nothing else, and so many words stay hidden.
-_FIRST, _CAPTIONS, _HIDDEN = 0.6, 0.4, 0.5
+# is predicted. Later so many pictures that can be are asked for the caption and nothing else, and so many words stay
+# hidden. Where a caption's colour is shown, it is any colour: the shape behind it must be seen, since no word tells it.
+_FIRST, _CAPTIONS, _HIDDEN = 0.6, 0.8, 0.5
 _UNKNOWN = 3  # the id of what is no known piece
-_Row = tuple[list[int], list[bool], list[bool]]
+_Row = tuple[list[int], list[int], list[bool]]
 _ROWS = 3  # keeps the order of a row's questions apart from what else the seed draws
 
 
@@ -98,10 +99,10 @@ def world_training(max_steps: int | None = None, seed: int = 0) -> TrainConfig:
     Raises:
         ValueError: what TrainConfig refuses.
     """
-    steps = 1000 if max_steps is None else max_steps
+    steps = 1500 if max_steps is None else max_steps
     rows = _PICTURES + _CLIPS + _BOTH + _STORIES
     return TrainConfig(
-        lr=1e-3, wd=0.05, warmup_steps=min(50, (steps if isinstance(steps, int) else 1) // 10), max_steps=steps,
+        lr=2e-3, wd=0.05, warmup_steps=min(100, (steps if isinstance(steps, int) else 1) // 10), max_steps=steps,
         batch_size=rows, val_split=0.0, checkpoint_freq=200, print_freq=20, seed=seed,
     )  # fmt: skip
 
@@ -131,19 +132,21 @@ def world_rows(
     captions, hidden = (0.0, 1.0) if step < _FIRST * max_steps else (_CAPTIONS, _HIDDEN)
 
     def asked_of(picture: Picture) -> list[tuple[str, str]]:
-        caption, *others = picture.questions
-        return [caption] if random.random() < captions else others
+        questions = picture.questions
+        named = questions[0][1] == picture.caption
+        return [*questions[:1]] if named and random.random() < captions else [*questions[named:]]
 
-    first = [_row(tokenizer, asked_of(p), hidden, random, short) for p in seen[:_PICTURES]]
+    colours = [_encode_answer(tokenizer, colour)[0] for colour in COLOURS]
+    first = [_row(tokenizer, asked_of(p), hidden, colours, random, short) for p in seen[:_PICTURES]]
     alone = WorldRows(*_stack(first), _levels(seen[:_PICTURES]), np.ones(_PICTURES, np.bool_), None, None, None)
 
     asked = [[(LISTEN, clip.transcript)] for clip in heard]
     for i, picture in enumerate(seen[_PICTURES:]):
         asked[_CLIPS + i] += asked_of(picture)
-    second = [_row(tokenizer, pairs, hidden, random, long) for pairs in asked]
+    second = [_row(tokenizer, pairs, hidden, colours, random, long) for pairs in asked]
     stories = [make_story(seed, split, step * _STORIES + i, difficulty) for i in range(_STORIES)]
     told = [[BOS_ID, *tokenizer.encode(story), EOS_ID] for story in stories]
-    second += [_cut(ids, [True] * len(ids), [], long) for ids in told]
+    second += [_cut(ids, ids, [True] * len(ids), long) for ids in told]
     B, side = clips + _STORIES, seen[0].pixels.shape[0]
     images = np.zeros((B, 3, side, side), np.float32)
     images[_CLIPS:clips] = _levels(seen[_PICTURES:])
@@ -222,32 +225,44 @@ def _levels(pictures: Sequence[Any]) -> Float32[np.ndarray, "B 3 H W"]:
     return np.ascontiguousarray(pixels).astype(np.float32) / np.float32(255.0)
 
 
+def _encode_answer(tokenizer: BPETokenizer, answer: str) -> list[int]:
+    return tokenizer.encode(f" {answer}")
+
+
 def _row(
-    tokenizer: BPETokenizer, pairs: list[tuple[str, str]], share: float, random: np.random.Generator, T: int
+    tokenizer: BPETokenizer,
+    pairs: list[tuple[str, str]],
+    share: float,
+    colours: Sequence[int],
+    random: np.random.Generator,
+    T: int,
 ) -> _Row:
-    """Questions and answers as T + 1 ids; which of them the model must predict; which it is not shown, `share`."""
-    ids, wanted, hidden = [BOS_ID], [False], [False]
+    """Questions and answers as T + 1 ids; what is shown of them, without a `share` of a picture's answers; and which
+    of them the model must predict."""
+    ids, shown, wanted = [BOS_ID], [BOS_ID], [False]
     for i in random.permutation(len(pairs)):
-        question, answer = tokenizer.encode(pairs[i][0]), tokenizer.encode(f" {pairs[i][1]}")
+        question, answer = tokenizer.encode(pairs[i][0]), _encode_answer(tokenizer, pairs[i][1])
         if len(ids) + len(question) + len(answer) + 1 > T + 1:
             continue
         ids += [*question, *answer, EOS_ID]
         wanted += [False] * len(question) + [True] * (len(answer) + 1)
-        kept = random.random(len(answer)) >= (0.0 if pairs[i][0] == LISTEN else share)
-        hidden += [False] * len(question) + (~kept).tolist() + [False]
-    return _cut(ids, wanted, hidden, T)
+        if pairs[i][0] != LISTEN:
+            drawn = [int(random.choice(colours)) if id in colours else id for id in answer]
+            answer = [_UNKNOWN if random.random() < share else id for id in drawn]
+        shown += [*question, *answer, EOS_ID]
+    return _cut(ids, shown, wanted, T)
 
 
-def _cut(ids: list[int], wanted: list[bool], hidden: list[bool], T: int) -> _Row:
+def _cut(ids: list[int], shown: list[int], wanted: list[bool], T: int) -> _Row:
     def filled(values: list[Any], filler: Any) -> list[Any]:
         return (values + [filler] * (T + 1))[: T + 1]
 
-    return filled(ids, PAD_ID), filled(wanted, False), filled(hidden, False)
+    return filled(ids, PAD_ID), filled(shown, PAD_ID), filled(wanted, False)
 
 
 def _stack(rows: list[_Row]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    ids, wanted, hidden = (np.array(column) for column in zip(*rows, strict=True))
-    shown, targets = np.where(hidden, _UNKNOWN, ids), np.where(wanted, ids, PAD_ID)
+    ids, shown, wanted = (np.array(column) for column in zip(*rows, strict=True))
+    targets = np.where(wanted, ids, PAD_ID)
     return shown[:, :-1].astype(np.int32), targets[:, 1:].astype(np.int32)
 
 

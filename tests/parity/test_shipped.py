@@ -202,3 +202,24 @@ def test_a_trial_does_not_replace_what_ships():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--out" in done.stderr
+
+
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_the_shipped_omni_answers_what_it_has_never_met_in_either_twin(side) -> None:
+    """Three quarters of the answers, at least; with a black picture or a silent clip, hardly more than by chance."""
+    package = pytest.importorskip(f"omni_{side}")
+    train = pytest.importorskip(f"omni_{side}.world_train")
+    folder = ROOT / "parity" / "assets" / "omni"
+    model = package.OmniLM.from_checkpoint(folder / "model.safetensors")
+    model.eval()
+    found = train.evaluate_world(model, package.BPETokenizer(folder / "tokenizer.model"), count=20)
+    for figures in found.values():
+        assert figures["accuracy"] >= 0.75
+        assert figures["zeroed"] < figures["chance"] + 0.2
+
+
+def test_the_sidecar_of_the_omni_holds_what_is_promised() -> None:
+    figures = json.loads((ROOT / "parity" / "assets" / "omni" / "figures.json").read_text())["heldout"]
+    for sense in ("pictures", "clips"):
+        assert figures[sense]["accuracy"] >= 0.7
+        assert figures[sense]["zeroed"] < 0.3

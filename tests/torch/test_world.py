@@ -111,7 +111,8 @@ def test_pictures_and_clips_are_what_they_say(difficulty) -> None:
         assert picture.pixels.shape == (48, 48, 3)
         assert picture.pixels.dtype == np.uint8
         asked = dict(picture.questions)
-        assert asked["caption:"] == picture.caption
+        named = all("" not in kind for kind in picture.kinds)
+        assert asked.get("caption:") == (picture.caption if named else None)
         assert len(asked) == len(picture.questions)
         assert clip.wave.dtype == np.float32
         assert np.array_equal(clip.wave * 32768, np.rint(clip.wave * 32768))
@@ -185,7 +186,9 @@ def test_rows_have_fixed_shapes_and_targets_for_answers_alone(difficulty) -> Non
         predicted = part.targets != 0
         shifted = np.concatenate([part.tokens[:, 1:], part.targets[:, -1:]], axis=1)
         hidden = shifted == UNKNOWN  # a word of a picture's answer that is not shown
-        assert np.array_equal(part.targets[predicted & ~hidden], shifted[predicted & ~hidden])
+        colour = np.isin(shifted, _colours(tokenizer))
+        same = predicted & ~hidden & ~colour
+        assert np.array_equal(part.targets[same], shifted[same])
         assert not (hidden & ~predicted).any()
     alone, mixed = early
     assert alone.has_image.all()
@@ -205,11 +208,30 @@ def test_captions_come_late_and_until_then_no_word_of_an_answer_is_shown() -> No
     early, late = (world_rows(world_config(), tokenizer, 0, "train", step, 10)[0] for step in (5, 6))
     asks = [["caption:" in tokenizer.decode(row.tolist()) for row in part.tokens] for part in (early, late)]
     assert not any(asks[0])
-    assert 0.2 < np.mean(asks[1]) < 0.6
+    assert 0.05 < np.mean(asks[1]) < 0.4
+    for row, asked in zip(late.targets, asks[1], strict=True):
+        assert not asked or "thing" not in tokenizer.decode(row[row != 0].tolist())
     answers = [part.targets > UNKNOWN for part in (early, late)]
     shown = [(part.tokens[:, 1:] != UNKNOWN)[words[:, :-1]].mean() for part, words in zip((early, late), answers)]
     assert shown[0] == 0.0
     assert 0.3 < shown[1] < 0.7
+
+
+def test_the_colour_that_a_caption_shows_is_any() -> None:
+    tokenizer, _ = world_tokenizer()
+    right = []
+    for step in range(10):
+        part = world_rows(world_config(), tokenizer, 0, "train", 10 + step, 20)[0]
+        after, answers = part.tokens[:, 1:], part.targets[:, :-1]
+        coloured = np.isin(after, _colours(tokenizer)) & (answers != 0)
+        assert np.isin(answers[coloured], _colours(tokenizer)).all()
+        right += (after == answers)[coloured].tolist()
+    assert len(right) > 100
+    assert np.mean(right) < 0.5
+
+
+def _colours(tokenizer) -> list[int]:
+    return [tokenizer.encode(f" {colour}")[0] for colour in COLOURS]
 
 
 def test_the_tokenizer_is_the_same_every_time_and_spells_the_world() -> None:
