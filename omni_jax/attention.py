@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import _check_array, _linear, _make_dropout, apply_rope, statistics_dtype
+from .layers import apply_rope, check_array, make_dropout, make_linear, statistics_dtype
 
 __all__ = ["make_attention_mask", "default_positions", "attend", "simple_attention", "CausalSelfAttention"]
 
@@ -39,7 +39,7 @@ def make_attention_mask(
     causal_TS = jnp.tril(jnp.ones((time, time), jnp.bool_))
     if attention_mask is None:
         return causal_TS[None]
-    _check_array("attention_mask", attention_mask)
+    check_array("attention_mask", attention_mask)
     if attention_mask.dtype != jnp.bool_:
         raise ValueError(
             f"attention_mask must be boolean (True: may be attended to), got {attention_mask.dtype}; "
@@ -203,13 +203,13 @@ class CausalSelfAttention(nnx.Module):
         self.kv_heads = n_heads if not use_gqa else n_heads // 2 if kv_groups is None else kv_groups
         self.use_gqa = use_gqa
         if use_gqa:
-            self.q = _linear(d_model, d_model, **kinds)
-            self.k = _linear(d_model, self.kv_heads * self.head_dim, **kinds)
-            self.v = _linear(d_model, self.kv_heads * self.head_dim, **kinds)
+            self.q = make_linear(d_model, d_model, **kinds)
+            self.k = make_linear(d_model, self.kv_heads * self.head_dim, **kinds)
+            self.v = make_linear(d_model, self.kv_heads * self.head_dim, **kinds)
         else:
-            self.qkv = _linear(d_model, 3 * d_model, **kinds)
-        self.o = _linear(d_model, d_model, **kinds)
-        self.drop = _make_dropout(dropout, rngs)
+            self.qkv = make_linear(d_model, 3 * d_model, **kinds)
+        self.o = make_linear(d_model, d_model, **kinds)
+        self.drop = make_dropout(dropout, rngs)
 
     def __call__(
         self,

@@ -18,12 +18,14 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from .audio_file import read_audio
-from .layers import _check_array, statistics_dtype
+from .layers import check_array, statistics_dtype
 from .mel import (
     check_count,
+    check_length,
     frames_per_second,
     hann_window,
     hz_to_mel,
+    is_real,
     mel_filter_bank,
     mel_to_hz,
     num_frames,
@@ -95,9 +97,12 @@ def mel_spectrogram(
     """
     win_length = n_fft if win_length is None else win_length
     _check_settings(n_fft, hop_length, win_length, power, pad_mode)
+    power = float(power)
     _check_wave(wave, n_fft, power)
     wave_BN = jnp.asarray(wave) if wave.ndim == 2 else jnp.asarray(wave)[None]
-    _check_length(wave_BN.shape[1], n_fft, hop_length, center, pad_mode)
+    if center and pad_mode == "reflect":
+        check_length(tuple(wave.shape), n_fft, 'give a longer one, a smaller n_fft, or pad_mode="constant"')
+    num_frames(wave_BN.shape[1], n_fft, hop_length, center)
     bank_FM = mel_filter_bank(sample_rate, n_fft, n_mels, f_min, f_max, norm, mel_scale)
     wide = statistics_dtype(wave_BN.dtype)
     mel_BMT = _mel(
@@ -166,7 +171,7 @@ def log_mel(mel: Float[Array, "*B"], floor: float = 1e-10) -> Float[Array, "*B"]
     Raises:
         ValueError: `mel` is not a floating array; a floor that is not positive, or 0 in that dtype.
     """
-    _check_array("mel", mel)
+    check_array("mel", mel)
     if not jnp.issubdtype(mel.dtype, jnp.floating):
         raise ValueError(f"mel has dtype {mel.dtype}: must be floating; give mel_spectrogram's result")
     wide = statistics_dtype(mel.dtype)
@@ -176,7 +181,7 @@ def log_mel(mel: Float[Array, "*B"], floor: float = 1e-10) -> Float[Array, "*B"]
 
 
 def _check_wave(wave: Any, n_fft: int, power: float) -> None:
-    _check_array("wave", wave)
+    check_array("wave", wave)
     if wave.ndim not in (1, 2) or 0 in wave.shape:
         raise ValueError(
             f"wave has shape {tuple(wave.shape)}: must be (N,) or (B, N) with at least one sample; give the mono wave"
@@ -208,21 +213,12 @@ def _check_settings(n_fft: int, hop_length: Any, win_length: Any, power: Any, pa
     check_count("win_length", win_length)
     if win_length > n_fft:
         raise ValueError(f"win_length = {win_length}: must be at most n_fft = {n_fft}; give a larger n_fft")
-    if not (isinstance(power, (int, float)) and math.isfinite(power) and power > 0.0):
+    if not (is_real(power) and math.isfinite(power) and power > 0.0):
         raise ValueError(f"power = {power!r}: must be a positive number; give 2.0 for power, 1.0 for magnitude")
     if pad_mode not in ("reflect", "constant"):
         raise ValueError(f"pad_mode = {pad_mode!r}: must be one of 'reflect', 'constant'; give 'reflect'")
 
 
-def _check_length(N: int, n_fft: int, hop_length: int, center: bool, pad_mode: str) -> None:
-    if center and pad_mode == "reflect" and n_fft // 2 >= N:
-        raise ValueError(
-            f"the wave has {N} samples: must have at least n_fft // 2 + 1 = {n_fft // 2 + 1} to be reflected at "
-            'its ends; give a longer one, a smaller n_fft, or pad_mode="constant"'
-        )
-    num_frames(N, n_fft, hop_length, center)
-
-
 def _check_floor(floor: Any, smallest: float) -> None:
-    if not (isinstance(floor, (int, float)) and smallest <= floor < math.inf):
+    if not (is_real(floor) and smallest <= floor < math.inf):
         raise ValueError(f"floor = {floor!r}: must be from {smallest:.1e} up, and finite; give for example 1e-10")

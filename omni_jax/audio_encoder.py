@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .attention import attend
 from .init import bias_default, linear_default
-from .layers import RMSNorm, _cast_to_parameters, _check_array, _linear, _make_dropout
+from .layers import RMSNorm, cast_to_parameters, check_array, make_dropout, make_linear
 
 __all__ = ["AudioEncoderTiny", "CTCHead"]
 
@@ -56,7 +56,7 @@ class AudioEncoderTiny(nnx.Module):
         self.dtype = dtype
         four = _Down4x(**kinds)
         self.down = four if downsample_factor == 4 else nnx.List([four, _conv(_CHANNELS, **kinds)])
-        self.proj = _linear(_CHANNELS * (_MELS // downsample_factor), d, use_bias=True, **kinds)
+        self.proj = make_linear(_CHANNELS * (_MELS // downsample_factor), d, use_bias=True, **kinds)
         self.blocks = nnx.List([_Block(d, heads, ff, dropout, **kinds) for _ in range(layers)])
         self.norm = RMSNorm(d, **kinds)
 
@@ -72,7 +72,7 @@ class AudioEncoderTiny(nnx.Module):
             ValueError: a mel of another rank, width or dtype; lengths of another shape, not integers, or outside
                 1 … T (inside jit: a clip without frames gives zeros, one with more than T has T).
         """
-        _check_mel(mel_BTM)
+        check_mel(mel_BTM)
         B, T, _ = mel_BTM.shape
         if lengths is not None:
             _check_lengths(lengths, B, T)
@@ -114,7 +114,7 @@ class CTCHead(nnx.Linear):
             kernel_init=linear_default,
             bias_init=bias_default(d),
             dot_general=lax.dot_general,
-            promote_dtype=_cast_to_parameters,
+            promote_dtype=cast_to_parameters,
             preferred_element_type=None,
             rngs=rngs,
         )
@@ -137,11 +137,13 @@ class _Block(nnx.Module):
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.heads = heads
         self.norm1 = RMSNorm(d, **kinds)
-        self.qkv_proj = _linear(d, 3 * d, use_bias=True, **kinds)
-        self.out_proj = _linear(d, d, use_bias=True, **kinds)
+        self.qkv_proj = make_linear(d, 3 * d, use_bias=True, **kinds)
+        self.out_proj = make_linear(d, d, use_bias=True, **kinds)
         self.norm2 = RMSNorm(d, **kinds)
-        self.mlp = nnx.List([_linear(d, ff, use_bias=True, **kinds), _GELU(), _linear(ff, d, use_bias=True, **kinds)])
-        self.drop = _make_dropout(dropout, rngs)
+        self.mlp = nnx.List(
+            [make_linear(d, ff, use_bias=True, **kinds), _GELU(), make_linear(ff, d, use_bias=True, **kinds)]
+        )
+        self.drop = make_dropout(dropout, rngs)
 
     def __call__(self, x_BUD: Float[Array, "B U D"], mask_BUU: Bool[Array, "#B U U"]) -> Float[Array, "B U D"]:
         B, U, D = x_BUD.shape
@@ -183,7 +185,7 @@ def _conv(in_channels: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) -> 
         precision=None,
         kernel_init=linear_default,
         bias_init=bias_default(9 * in_channels),
-        promote_dtype=_cast_to_parameters,
+        promote_dtype=cast_to_parameters,
         rngs=rngs,
     )
 
@@ -200,8 +202,8 @@ def _cut(x: Array, lengths: Array | None) -> Array:
     return jnp.where(jnp.reshape(kept, kept.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
-def _check_mel(mel_BTM: Any) -> None:
-    _check_array("mel", mel_BTM)
+def check_mel(mel_BTM: Any) -> None:
+    check_array("mel", mel_BTM)
     if mel_BTM.ndim != 3 or 0 in mel_BTM.shape or mel_BTM.shape[2] != _MELS:
         raise ValueError(
             f"mel has shape {tuple(mel_BTM.shape)}: must be (B, T, {_MELS}) with at least one clip and frame; swap the "
@@ -212,7 +214,7 @@ def _check_mel(mel_BTM: Any) -> None:
 
 
 def _check_lengths(lengths: Any, B: int, T: int) -> None:
-    _check_array("lengths", lengths)
+    check_array("lengths", lengths)
     if tuple(lengths.shape) != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths have shape {tuple(lengths.shape)} and dtype {lengths.dtype}: must be integers of shape {(B,)}; "

@@ -18,7 +18,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import _check_array, _check_inside
+from .layers import check_array, check_inside
 
 __all__ = ["KVCache", "init_cache"]
 
@@ -52,7 +52,7 @@ def init_cache(model: Any, batch_size: int, max_length: int | None = None, windo
     Raises:
         ValueError: batch_size or max_length below 1; a window that is not a bool.
     """
-    _check_window(window)
+    check_window(window)
     slots = model.config.ctx_len if max_length is None else max_length
     for name, value in (("batch_size", batch_size), ("max_length", slots)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -87,7 +87,7 @@ class _CachedCall:
         self._fits = None
         if not cache.window and isinstance(cache.length, Tracer):
             self._fits = cache.length + time <= S
-            _check_inside(self._fits, ValueError, _full("{length}", time, S), length=cache.length)
+            check_inside(self._fits, ValueError, _full("{length}", time, S), length=cache.length)
         # dynamic_update_slice clamps anyway; what it must not overwrite then is held back by _fits.
         self._start = cache.length % S if cache.window else jnp.minimum(cache.length, max(S - time, 0))
         self._kept_BS = self._write(cache.kept, self._new_BT)
@@ -130,6 +130,8 @@ class _CachedCall:
         """The cache with the new tokens in it; as it was if they did not fit."""
         count_B = self._cache.count + jnp.sum(self._new_BT, axis=1, dtype=jnp.int32)
         length = self._cache.length + self._time
+        if isinstance(length, np.generic):  # what numpy makes of the sum of 0-d arrays
+            length = np.asarray(length)
         if self._fits is not None:
             count_B = jnp.where(self._fits, count_B, self._cache.count)
             length = jnp.where(self._fits, length, self._cache.length)
@@ -155,7 +157,7 @@ class _LayerCache:
         return self.k_BSKd, self.v_BSKd
 
 
-def _check_window(window: Any) -> None:
+def check_window(window: Any) -> None:
     if not isinstance(window, bool):
         raise ValueError(f"window={window!r} is not allowed: must be True or False; use True for a ring of slots")
 
@@ -188,7 +190,7 @@ def _full(length: str, time: int, slots: int) -> str:
     )
 
 
-def _check_cache(cache: Any, model: Any, batch: int, time: int, attention_mask: Any) -> None:
+def check_cache(cache: Any, model: Any, batch: int, time: int, attention_mask: Any) -> None:
     """That `cache` was made for this model and batch, and that the mask is about the new tokens."""
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache is a {type(cache).__name__}, must be a KVCache; make one with init_cache(model, B)")
@@ -202,7 +204,7 @@ def _check_cache(cache: Any, model: Any, batch: int, time: int, attention_mask: 
         )
     if attention_mask is None:
         return
-    _check_array("attention_mask", attention_mask)
+    check_array("attention_mask", attention_mask)
     if attention_mask.dtype != jnp.bool_ or tuple(attention_mask.shape) != (batch, time):
         raise ValueError(
             f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}: with a cache it must be "

@@ -122,7 +122,7 @@ def load_weights(model: Model, state: Mapping[str, Array] | Checkpoint) -> Model
     state_of_model = _variables(model)
     # Every new leaf is made before the first is put in its place. A copy: JAX may else share numpy's memory.
     leaves = [
-        (path, variable.replace(jnp.array(_from_torch(path, np.asarray(values[_torch_key(path)])), copy=True)))
+        (path, variable.replace(jnp.array(_from_torch(path, np.asarray(values[torch_key(path)])), copy=True)))
         for path, variable in state_of_model.items()
     ]
     nnx.update(model, nnx.from_flat_state(leaves))
@@ -132,7 +132,7 @@ def load_weights(model: Model, state: Mapping[str, Array] | Checkpoint) -> Model
 def export_weights(model: nnx.Module) -> dict[str, Array]:
     """The model's weights by torch key and in torch's layout, as load_weights takes them; numpy arrays."""
     return {
-        _torch_key(path): _to_torch(path, np.asarray(variable.get_value()))
+        torch_key(path): _to_torch(path, np.asarray(variable.get_value()))
         for path, variable in _variables(model).items()
     }
 
@@ -336,7 +336,7 @@ def _variables(model: nnx.Module) -> dict[tuple[Any, ...], Any]:
     return dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
-def _torch_key(path: tuple[Any, ...]) -> str:
+def torch_key(path: tuple[Any, ...]) -> str:
     """The torch key of a leaf: the same dotted path, with weight for kernel, scale and embedding."""
     *parents, leaf = (str(part) for part in path)
     if leaf not in _LEAF_NAMES:
@@ -365,5 +365,5 @@ def _wanted(model: nnx.Module) -> dict[str, tuple[tuple[int, ...], str]]:
         shape = tuple(value.shape)
         if path[-1] == "kernel":  # (*window, in, out), in torch (out, in, *window)
             shape = (*shape[:-3:-1], *shape[:-2])
-        wanted[_torch_key(path)] = (shape, value.dtype.name)
+        wanted[torch_key(path)] = (shape, value.dtype.name)
     return wanted

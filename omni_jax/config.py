@@ -26,7 +26,7 @@ EOS_ID = 2
 """Ends every document."""
 
 # Keys of the family's files that say nothing about the shape of the model. They are listed, never guessed at.
-_TRAINING_KEYS = [
+TRAINING_KEYS = [
     *("lr", "wd", "warmup_steps", "max_steps", "batch_size", "gradient_accumulation_steps", "use_amp", "use_flash"),
     *("use_compile", "num_workers", "drop_last", "print_freq", "max_epochs", "val_split", "val_freq"),
     *("checkpoint_freq", "max_grad_norm", "seed", "shuffle_buffer_size", "train_text", "save_dir"),
@@ -34,10 +34,10 @@ _TRAINING_KEYS = [
 _FINE_TUNING_KEYS = ["thinker_ckpt", "audio_ckpt", "vision_ckpt", "talker_ckpt", "prompt", "sft_mix"]
 _EXPORT_KEYS = ["model_type", "architectures", "audio", "vision", "talker", "ocr", "torch_dtype"]
 _EXPORT_KEYS += ["transformers_version"]
-_IGNORED_KEYS = frozenset(_TRAINING_KEYS + _FINE_TUNING_KEYS + _EXPORT_KEYS)
+_IGNORED_KEYS = frozenset(TRAINING_KEYS + _FINE_TUNING_KEYS + _EXPORT_KEYS)
 
 _NEST = "thinker"
-_LARGEST_INT = 2**31 - 1  # a size beyond this is a slip of the pen, and would fail later with a worse message
+LARGEST_INT = 2**31 - 1  # a size beyond this is a slip of the pen, and would fail later with a worse message
 _LARGEST_FILE = 1 << 20  # the family's config files have some 2 kB
 
 
@@ -70,11 +70,11 @@ class ThinkerConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, str(field.type), getattr(self, field.name)))
+            object.__setattr__(self, field.name, typed_value(field.name, str(field.type), getattr(self, field.name)))
         _check_ranges(self)
         _check_heads(self)
         if self.num_experts_per_tok > self.num_experts:
-            raise _invalid(
+            raise invalid_value(
                 "num_experts_per_tok",
                 self.num_experts_per_tok,
                 f"at most num_experts={self.num_experts}",
@@ -144,10 +144,10 @@ def read_config(path: str | Path) -> ConfigReport:
             Infinity, has an unknown key (the nearest known name is given), lacks a required one, or a value is not
             allowed.
     """
-    return _report(_read_json(path), f"config file {path}")
+    return _report(read_json(path), f"config file {path}")
 
 
-def _read_json(path: str | Path) -> Any:
+def read_json(path: str | Path) -> Any:
     """What a config file holds."""
     with open_regular_file(path, "config file") as file:
         raw = file.read(_LARGEST_FILE + 1)
@@ -202,7 +202,7 @@ def _report(mapping: Any, origin: str) -> ConfigReport:
             if key in known:
                 if key in values and values[key] != value:
                     notes.append(
-                        f"{key}={_short(value)} at the top is overruled by {_NEST}.{key}={_short(values[key])}"
+                        f"{key}={shortened(value)} at the top is overruled by {_NEST}.{key}={shortened(values[key])}"
                     )
                 values.setdefault(key, value)
             elif key in _IGNORED_KEYS:
@@ -229,20 +229,20 @@ def _report(mapping: Any, origin: str) -> ConfigReport:
     return ConfigReport(config, tuple(ignored), tuple(notes))
 
 
-def _invalid(field: str, value: object, allowed: str, fix: str) -> ValueError:
-    return ValueError(f"{field}={_short(value)} is not allowed: must be {allowed}; {fix}")
+def invalid_value(field: str, value: object, allowed: str, fix: str) -> ValueError:
+    return ValueError(f"{field}={shortened(value)} is not allowed: must be {allowed}; {fix}")
 
 
-def _short(value: object) -> str:
+def shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _typed(field: str, annotation: str, value: Any) -> Any:
+def typed_value(field: str, annotation: str, value: Any) -> Any:
     """The value as the plain Python type that the field declares; bool never passes for a number."""
     if annotation == "bool":
         if not isinstance(value, bool):
-            raise _invalid(field, value, "true or false", f"write {field} as a bool, without quotes")
+            raise invalid_value(field, value, "true or false", f"write {field} as a bool, without quotes")
         return value
     if annotation == "float":
         return _number(field, value, float, "a finite number")
@@ -254,13 +254,13 @@ def _typed(field: str, annotation: str, value: Any) -> Any:
 def _number(field: str, value: Any, convert: Callable[[Any], Any], allowed: str) -> Any:
     fix = f"write {field} as a plain number, without quotes"
     if isinstance(value, (bool, str, bytes)):
-        raise _invalid(field, value, allowed, fix)
+        raise invalid_value(field, value, allowed, fix)
     try:
         number = convert(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise _invalid(field, value, allowed, fix) from error
+        raise invalid_value(field, value, allowed, fix) from error
     if isinstance(number, float) and not math.isfinite(number):
-        raise _invalid(field, value, allowed, f"give {field} a finite value")
+        raise invalid_value(field, value, allowed, f"give {field} a finite value")
     return number
 
 
@@ -268,37 +268,37 @@ def _check_ranges(config: ThinkerConfig) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         least = 3 if field.name == "vocab_size" else 1
-        if str(field.type).startswith("int") and value is not None and not least <= value <= _LARGEST_INT:
+        if str(field.type).startswith("int") and value is not None and not least <= value <= LARGEST_INT:
             why = " (ids 0, 1, 2 are PAD, BOS, EOS)" if field.name == "vocab_size" else ""
-            raise _invalid(
-                field.name, value, f"{least} to {_LARGEST_INT}{why}", f"set {field.name} within these bounds"
+            raise invalid_value(
+                field.name, value, f"{least} to {LARGEST_INT}{why}", f"set {field.name} within these bounds"
             )
     if not 0.0 <= config.dropout < 1.0:
-        raise _invalid("dropout", config.dropout, "in [0, 1)", "use 0.0 for no dropout")
+        raise invalid_value("dropout", config.dropout, "in [0, 1)", "use 0.0 for no dropout")
     if not config.rope_theta > 0.0:
-        raise _invalid("rope_theta", config.rope_theta, "above 0", "10000.0 is the family's value")
+        raise invalid_value("rope_theta", config.rope_theta, "above 0", "10000.0 is the family's value")
 
 
 def _check_heads(config: ThinkerConfig) -> None:
     d_model, n_heads = config.d_model, config.n_heads
     if d_model % n_heads:
-        raise _invalid(
+        raise invalid_value(
             "d_model", d_model, f"divisible by n_heads={n_heads}", "change d_model or n_heads so that it divides"
         )
     if config.head_dim % 2:
-        raise _invalid(
+        raise invalid_value(
             "d_model",
             d_model,
             f"an even multiple of n_heads={n_heads}, since RoPE turns pairs of channels (head size {config.head_dim})",
             f"use d_model={d_model + n_heads} or another n_heads",
         )
     if not config.use_gqa and config.kv_groups is not None:
-        raise _invalid(
+        raise invalid_value(
             "kv_groups", config.kv_groups, "None while use_gqa=False", "set use_gqa=True or leave kv_groups out"
         )
     if n_heads % max(config.kv_heads, 1) or config.kv_heads == 0:
         default = f" (left out, it is n_heads // 2 = {config.kv_heads})" if config.kv_groups is None else ""
-        raise _invalid(
+        raise invalid_value(
             "kv_groups",
             config.kv_groups,
             f"a divisor of n_heads={n_heads}{default}",

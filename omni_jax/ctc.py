@@ -15,7 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import _check_array, statistics_dtype
+from .layers import check_array, statistics_dtype
 
 __all__ = ["ctc_loss"]
 
@@ -51,9 +51,9 @@ def ctc_loss(
     Source: Graves et al., Connectionist temporal classification, ICML 2006.
     """
     for name, x in (("logits", logits_BTV), ("targets", targets_BN)):
-        _check_array(name, x)
-    _check_array("input_lengths", input_lengths)
-    _check_array("target_lengths", target_lengths)
+        check_array(name, x)
+    check_array("input_lengths", input_lengths)
+    check_array("target_lengths", target_lengths)
     _check_shapes(logits_BTV, targets_BN, input_lengths, target_lengths, blank)
     T, V = logits_BTV.shape[1:]
     if not any(isinstance(x, Tracer) for x in (targets_BN, input_lengths, target_lengths)):

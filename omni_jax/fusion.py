@@ -16,17 +16,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .audio import log_mel, mel_spectrogram
-from .audio_encoder import AudioEncoderTiny, _check_mel
+from .audio_encoder import AudioEncoderTiny, check_mel
 from .config import PAD_ID
-from .layers import _check_array, _linear
+from .layers import check_array, make_linear
 from .losses import cross_entropy
+from .mel import check_length
 from .omni_config import OmniConfig
-from .thinker import ThinkerLM, _fresh, _loaded_dtype
-from .vision import _check_images
+from .thinker import ThinkerLM, fresh_model, loaded_dtype
+from .vision import check_images
 from .vision_encoder import ViTTiny
 
 __all__ = ["Fused", "fuse", "fuse_chunks", "OmniLM", "split_frozen"]
@@ -61,26 +63,31 @@ def fuse(
     """Embeddings (B, N, D) one after the other: image, audio, text, those that are given.
 
     A mask is False where a row lacks the modality, (B,), or where a vector of it is padding; the embeddings there are
-    never read. `targets` are the next token of each text position; those of all others become PAD, which the loss
-    ignores.
+    never read. `targets` are the next token of each text position; those of all others, and of text that is masked or
+    cut, become PAD, which the loss ignores.
 
     With `ctx_len`, what is too long is cut at its end, by `policy`:
         "family": audio to ctx_len // 4, always; then text beside others to ctx_len − (image + audio) − 1, at least 1.
         "longest": the longest modality, vector by vector, the first of several, until all fit.
-        "error": not at all.
-    Lengths are those of the batch, padding included, whatever the masks say.
+        "error": not at all; lengths are those of the batch, padding included, whatever the masks say.
+    Each row is cut as it would be alone: lengths are those of what its masks keep. N is then the most that a row can
+    keep, by the shapes alone, inside jit as outside; where rows have too many places for it, the first ones that hold
+    nothing are left out, so that the text comes last as before.
 
     Raises:
         ValueError: nothing given; shapes, dtypes or batches that do not fit together; a policy that is not known;
-            "longest" or "error" that cannot make it fit.
+            "longest" (with a ctx_len below the number of modalities) or "error" that cannot make it fit.
     """
     parts, masks, targets = _checked_parts(image, audio, text, image_mask, audio_mask, text_mask, targets)
     lengths = {name: part.shape[1] for name, part in parts.items()}
     if policy not in _POLICIES:
         raise ValueError(f"policy = {policy!r}: must be one of {', '.join(_POLICIES)}; give 'family'")
     if ctx_len is not None:
-        lengths = _cut_lengths(lengths, _check_ctx_len(ctx_len), policy)
-    return _join(parts, masks, targets, {name: slice(0, length) for name, length in lengths.items()})
+        alone = (image is None or image_mask is not None) and (audio is None or audio_mask is not None)
+        most = _most(lengths, _check_ctx_len(ctx_len), policy, alone)
+        if most < sum(lengths.values()):
+            return _narrow(_join(parts, _cut(masks, ctx_len, policy), targets), most)
+    return _join(parts, masks, targets)
 
 
 def fuse_chunks(
@@ -97,10 +104,11 @@ def fuse_chunks(
     """As `fuse`, but nothing is cut off: a list, each at most ctx_len long.
 
     The longest modality (the first of several) comes in consecutive chunks, the last one may be shorter; the others
-    are repeated in each, with their targets.
+    are repeated in each, with their targets. Each row comes in the chunks that it would have alone, and is masked out,
+    without targets, in those that others need beyond them.
 
     Raises:
-        ValueError: as `fuse`; the other modalities alone leave no place in ctx_len.
+        ValueError: as `fuse`; the other modalities alone leave no place in ctx_len, padding included.
     """
     parts, masks, targets = _checked_parts(image, audio, text, image_mask, audio_mask, text_mask, targets)
     lengths = {name: part.shape[1] for name, part in parts.items()}
@@ -111,9 +119,12 @@ def fuse_chunks(
             f"{_listed(lengths)} do not fit into ctx_len={ctx_len}: without {longest}, which comes in chunks, they "
             "must be shorter; cut them"
         )
-    whole = {name: slice(0, length) for name, length in lengths.items()}
-    chunks = [slice(start, start + room) for start in range(0, lengths[longest], room)]
-    return [_join(parts, masks, targets, whole | {longest: chunk}) for chunk in chunks]
+    total, chunks = sum(lengths.values()), []
+    for number in range(-(-lengths[longest] // room)):
+        # No row has less room than the batch's lengths leave, nor more in this chunk than they would.
+        most = min(ctx_len, total - number * room)
+        chunks.append(_narrow(_join(parts, _chunk(masks, ctx_len, number), targets), most))
+    return chunks
 
 
 class OmniLM(nnx.Module):
@@ -121,6 +132,7 @@ class OmniLM(nnx.Module):
 
     A picture becomes one vector, the CLS token's, a clip one for every downsample_factor mel frames; they stand before
     the text: image, audio, text. `config` keeps the argument. A member whose section the config lacks is None.
+    What is named in the trace has the dotted path of the module it comes from, such as "thinker.blocks.0".
     Weights start from torch's default initialisation; `from_config` draws them much faster. A new model is in training
     mode: call `model.eval()` before inference, or dropout is on.
 
@@ -136,20 +148,20 @@ class OmniLM(nnx.Module):
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         audio, vision, D = config.audio, config.vision, config.thinker.d_model
-        self.thinker = ThinkerLM(**config.thinker.to_dict(), **kinds)
+        self.thinker = ThinkerLM(**config.thinker.to_dict(), name="thinker", **kinds)
         # Each is set once: nnx would not take a module in the place of a None.
         if audio is None:
             self.audio_encoder = self.proj_a = None
         else:
             sizes = (audio.d, audio.heads, audio.ff, audio.layers, audio.dropout, audio.downsample_factor)
             self.audio_encoder = AudioEncoderTiny(*sizes, **kinds)
-            self.proj_a = _linear(audio.d, D, use_bias=True, **kinds)
+            self.proj_a = make_linear(audio.d, D, use_bias=True, **kinds)
         if vision is None:
             self.vision_encoder = self.proj_v = None
         else:
             sizes = (vision.img_size, vision.patch, vision.d, vision.layers, vision.heads, vision.ff, vision.dropout)
-            self.vision_encoder = ViTTiny(*sizes, **kinds)
-            self.proj_v = _linear(vision.d, D, use_bias=True, **kinds)
+            self.vision_encoder = ViTTiny(*sizes, name="vision_encoder", **kinds)
+            self.proj_v = make_linear(vision.d, D, use_bias=True, **kinds)
 
     @classmethod
     def from_config(
@@ -157,7 +169,7 @@ class OmniLM(nnx.Module):
     ) -> OmniLM:
         """The model that `config` describes, with fresh weights, cheaply: as ThinkerLM.from_config."""
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        return _fresh(lambda rngs: cls(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype), rngs)
+        return fresh_model(lambda rngs: cls(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype), rngs)
 
     @classmethod
     def from_checkpoint(
@@ -187,7 +199,7 @@ class OmniLM(nnx.Module):
         from .checkpoint import load_weights
 
         weights, found, stored = read_omni(path, config, audio, vision)
-        param_dtype = _loaded_dtype(path, stored, param_dtype)
+        param_dtype = loaded_dtype(path, stored, param_dtype)
         if param_dtype.name != stored:
             weights = {key: np.asarray(value).astype(param_dtype) for key, value in weights.items()}
         model = cls.from_config(found, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -203,11 +215,13 @@ class OmniLM(nnx.Module):
         2.1 for a full tone. The numbers are constants: neither the rest of the clip nor the batch changes a frame.
 
         Raises:
-            ValueError: a model without audio section; what mel_spectrogram refuses.
+            ValueError: a model without audio section; a wave of no more than n_fft // 2 samples; what mel_spectrogram
+                refuses.
         """
         audio = self.config.audio
         if audio is None:
             raise ValueError(_lacks("audio"))
+        check_length(tuple(getattr(wave, "shape", ())), audio.n_fft, "give a longer one, or fill it up with zeros")
         mel = mel_spectrogram(wave, audio.sample_rate, audio.n_fft, audio.hop_length, audio.win_length)
         return jnp.swapaxes(log_mel(mel, floor=1e-10) / math.log(10.0) + 4.0, -1, -2) / 4.0
 
@@ -227,8 +241,11 @@ class OmniLM(nnx.Module):
         images (B, 3, H, W) in [0, 1]; mel (B, frames, 128), as `features` gives it, of which each clip has the first
         mel_lengths (None: all). has_image and has_audio (B,) say which rows have them (None: all); what the others
         hold there is never read, and they are as they would be without. `attention_mask` (B, T) is True for tokens that
-        are not padding. The last T of the N positions are the text's, unless it was cut: all is cut to ctx_len as the
-        family does (see `fuse`), and by the batch's lengths, so that a long clip in one row cuts the text of all.
+        are not padding. Each row is cut to ctx_len as the family does with it alone (see `fuse`). The last T of the N
+        positions are the text's, wherever picture, clip and T fit into N.
+
+        Inside jit the values are not checked: mel_lengths beyond the frames count as all frames, those below 1 as no
+        clip.
 
         Raises:
             ValueError: an input of another shape or dtype, of a sense that the model lacks, or without what it is
@@ -275,6 +292,8 @@ class OmniLM(nnx.Module):
         Raises:
             ValueError: as the call; neither images nor mel.
         """
+        if images is None and mel is None:
+            raise ValueError("images and mel are both None: must be one of them at least; pass images= or mel=")
         encoded = self._encode(None, images, mel, mel_lengths, has_image, has_audio)
         fused = fuse(**encoded, ctx_len=self.config.thinker.ctx_len)
         return fused.embeddings, fused.attention_mask
@@ -290,7 +309,7 @@ class OmniLM(nnx.Module):
         has_audio: Any,
         attention_mask: Any,
     ) -> Fused:
-        _check_array("tokens", tokens)
+        check_array("tokens", tokens)
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}: must be (B, T) with at least one entry on each axis; add "
@@ -298,7 +317,7 @@ class OmniLM(nnx.Module):
             )
         if attention_mask is not None:
             _check_mask("attention_mask", attention_mask, [tuple(tokens.shape)])
-        text = self.thinker.tok_emb(tokens)
+        text = checkpoint_name(self.thinker.tok_emb(tokens), "thinker.tok_emb")
         encoded = self._encode(len(tokens), images, mel, mel_lengths, has_image, has_audio)
         return fuse(
             **encoded, text=text, text_mask=attention_mask, targets=targets, ctx_len=self.config.thinker.ctx_len
@@ -308,14 +327,14 @@ class OmniLM(nnx.Module):
         self, batch: int | None, images: Any, mel: Any, mel_lengths: Any, has_image: Any, has_audio: Any
     ) -> dict[str, Any]:
         """The arguments of `fuse` for image and audio."""
-        images, mel, mel_lengths = self._checked(batch, images, mel, mel_lengths, has_image, has_audio)
+        images, mel, mel_lengths = self.check_senses(batch, images, mel, mel_lengths, has_image, has_audio)
         made: dict[str, Any] = {}
         dtype = self.thinker.tok_emb.embedding.dtype if self.thinker.dtype is None else self.thinker.dtype
         if images is not None:
             assert self.vision_encoder is not None
             assert self.proj_v is not None
             cls_B1D, _ = self.vision_encoder(images)
-            made |= {"image": self.proj_v(cls_B1D).astype(dtype), "image_mask": has_image}
+            made |= {"image": checkpoint_name(self.proj_v(cls_B1D), "proj_v").astype(dtype), "image_mask": has_image}
         if mel is not None:
             assert self.audio_encoder is not None
             assert self.proj_a is not None
@@ -326,13 +345,19 @@ class OmniLM(nnx.Module):
                 audio_BUD, lengths = self.audio_encoder(mel, mel_lengths)
                 audio_mask = _before(lengths, audio_BUD.shape[1])
                 audio_mask = audio_mask if has_audio is None else audio_mask & has_audio[:, None]
-            made |= {"audio": self.proj_a(audio_BUD).astype(dtype), "audio_mask": audio_mask}
+            made |= {"audio": checkpoint_name(self.proj_a(audio_BUD), "proj_a").astype(dtype), "audio_mask": audio_mask}
         return made
 
-    def _checked(
+    def check_senses(
         self, batch: int | None, images: Any, mel: Any, mel_lengths: Any, has_image: Any, has_audio: Any
     ) -> tuple[Array | None, Array | None, Array | None]:
-        """images, mel and mel_lengths, without what is not to be read in them, before anything is computed."""
+        """images (B, 3, H, W), mel (B, frames, 128) and mel_lengths (B,), 0 where nothing is to be read in them.
+
+        `batch` is the number of rows, None for any; the other arguments are the call's. Nothing is computed.
+
+        Raises:
+            ValueError: as the call.
+        """
         about = {"has_image": (has_image, "images", images), "has_audio": (has_audio, "mel", mel)}
         for other, (given, name, x) in (about | {"mel_lengths": (mel_lengths, "mel", mel)}).items():
             if given is not None and x is None:
@@ -340,13 +365,13 @@ class OmniLM(nnx.Module):
         if images is not None:
             if self.vision_encoder is None:
                 raise ValueError(_lacks("vision"))
-            _check_images(images, self.vision_encoder.patch)
+            check_images(images, self.vision_encoder.patch)
             batch = _check_batch("images", images, batch)
             images = _present("images", images, has_image)
         if mel is not None:
             if self.audio_encoder is None:
                 raise ValueError(_lacks("audio"))
-            _check_mel(mel)
+            check_mel(mel)
             batch = _check_batch("mel", mel, batch)
             if has_audio is not None:
                 _check_mask("has_audio", has_audio, [(batch,)])
@@ -358,9 +383,11 @@ class OmniLM(nnx.Module):
 def split_frozen(params: nnx.State, frozen: Sequence[str]) -> tuple[nnx.State, nnx.State]:
     """The trainable parameters and the frozen ones, of a state as nnx.split(model, nnx.Param, ...) gives it.
 
-    `frozen` are dotted names of modules or parameters, such as "vision_encoder" or "thinker.blocks.0". Give an
-    optimizer the first alone: the others then keep every bit, whatever its weight decay. nnx.merge(graphdef, trainable,
-    frozen, rest) takes them both, for trees of any shapes.
+    `frozen` are dotted names of modules or parameters, such as "vision_encoder" or "thinker.blocks.0". Those of modules
+    are the same in both twins; the last part of a parameter's is the framework's own: kernel, scale or embedding here
+    where torch says weight (in_proj.kernel where it says in_proj_weight). Give an optimizer the first alone: the others
+    then keep every bit, whatever its weight decay. nnx.merge(graphdef, trainable, frozen, rest) takes them both, for
+    trees of any shapes.
 
     Raises:
         ValueError: a name that no parameter begins with; nothing left to train.
@@ -390,7 +417,7 @@ def _checked_parts(
             if mask is not None:
                 raise ValueError(f"{name}_mask is given without {name}; pass {name}= or leave it out")
             continue
-        _check_array(name, part)
+        check_array(name, part)
         part = jnp.asarray(part)
         if part.ndim != 3 or 0 in part.shape or not jnp.issubdtype(part.dtype, jnp.floating):
             raise ValueError(
@@ -414,7 +441,7 @@ def _checked_parts(
     if not parts:
         raise ValueError("image, audio and text are all None: must be one of them at least; give embeddings")
     if targets is not None:
-        _check_array("targets", targets)
+        check_array("targets", targets)
         whole = jnp.issubdtype(targets.dtype, jnp.integer)
         wanted = tuple(text.shape[:2]) if text is not None else None
         if tuple(targets.shape) != wanted or not whole:
@@ -425,37 +452,87 @@ def _checked_parts(
     return parts, masks, targets
 
 
-def _cut_lengths(lengths: dict[str, int], ctx_len: int, policy: str) -> dict[str, int]:
-    lengths = dict(lengths)
+def _most(lengths: dict[str, int], ctx_len: int, policy: str, alone: bool) -> int:
+    """The most vectors that a row can keep; `alone`: a row's text may stand alone."""
     total = sum(lengths.values())
     if policy == "family":
-        if "audio" in lengths:
-            lengths["audio"] = min(lengths["audio"], max(ctx_len // 4, 1))
-        if "text" in lengths:
-            others = sum(lengths.values()) - lengths["text"]
-            lengths["text"] = min(lengths["text"], max(ctx_len - others - 1, 1) if others else ctx_len)
-        return lengths
+        others = lengths.get("image", 0) + min(lengths.get("audio", 0), max(ctx_len // 4, 1))
+        text = lengths.get("text", 0)
+        beside = others + min(text, max(ctx_len - others - 1, 1))
+        return max(beside, min(text, ctx_len)) if alone else beside
     if total > ctx_len and (policy == "error" or len(lengths) > ctx_len):
         raise ValueError(
             f"{_listed(lengths)} are {total}: must be at most ctx_len={ctx_len}; cut them, or use policy='family' or "
             "'longest', or fuse_chunks"
         )
-    for _ in range(total - ctx_len):
-        lengths[max(lengths, key=lengths.__getitem__)] -= 1
-    return lengths
+    return min(total, ctx_len)
 
 
-def _join(parts: dict[str, Array], masks: dict[str, Array], targets: Array | None, spans: dict[str, slice]) -> Fused:
-    mask_BN = jnp.concatenate([mask[:, spans[name]] for name, mask in masks.items()], axis=1)
-    joined_BND = jnp.concatenate([part[:, spans[name]] for name, part in parts.items()], axis=1)
+def _cut(masks: dict[str, Array], ctx_len: int, policy: str) -> dict[str, Array]:
+    """The masks, False for what is cut, of each row by what it keeps itself."""
+    numbers = {name: jnp.cumsum(mask, axis=1, dtype=jnp.int32) for name, mask in masks.items()}  # from 1
+    if policy == "longest":
+        # Of all vectors those with the lowest numbers are kept; of equal ones those of the first modality go first.
+        ranks = {name: len(masks) * number - i for i, (name, number) in enumerate(numbers.items())}
+        never = jnp.iinfo(jnp.int32).max
+        ranks_BN = jnp.concatenate([jnp.where(mask, ranks[name], never) for name, mask in masks.items()], axis=1)
+        last_B1 = jnp.sort(ranks_BN, axis=1)[:, ctx_len - 1 : ctx_len]
+        return {name: mask & (ranks[name] <= last_B1) for name, mask in masks.items()}
+    kept = dict(masks)
+    if "audio" in kept:
+        kept["audio"] = kept["audio"] & (numbers["audio"] <= max(ctx_len // 4, 1))
+    if "text" in kept:
+        others_B1 = jnp.zeros((1, 1), jnp.int32)
+        for name in kept.keys() - {"text"}:
+            others_B1 = others_B1 + jnp.sum(kept[name], axis=1, keepdims=True, dtype=jnp.int32)
+        room_B1 = jnp.where(others_B1 > 0, jnp.maximum(ctx_len - others_B1 - 1, 1), ctx_len)
+        kept["text"] = kept["text"] & (numbers["text"] <= room_B1)
+    return kept
+
+
+def _chunk(masks: dict[str, Array], ctx_len: int, number: int) -> dict[str, Array]:
+    """The masks of chunk `number`: of each row's longest modality what comes in it, all of the others, or nothing."""
+    counts_BM = jnp.concatenate([jnp.sum(m, axis=1, keepdims=True, dtype=jnp.int32) for m in masks.values()], axis=1)
+    longest_B1 = jnp.argmax(counts_BM, axis=1, keepdims=True)
+    most_B1 = jnp.max(counts_BM, axis=1, keepdims=True)
+    room_B1 = ctx_len - jnp.sum(counts_BM, axis=1, keepdims=True, dtype=jnp.int32) + most_B1
+    before_B1 = number * room_B1
+    kept = {}
+    for i, (name, mask) in enumerate(masks.items()):
+        number_BN = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+        inside_BN = (number_BN > before_B1) & (number_BN <= before_B1 + room_B1)
+        kept[name] = mask & jnp.where(longest_B1 == i, inside_BN, before_B1 < most_B1)
+    return kept
+
+
+def _join(parts: dict[str, Array], masks: dict[str, Array], targets: Array | None) -> Fused:
+    mask_BN = jnp.concatenate([*masks.values()], axis=1)
+    joined_BND = jnp.concatenate([*parts.values()], axis=1)
     # where, not a product: a NaN that is masked out must not come through.
     embeddings_BND = jnp.where(mask_BN[:, :, None], joined_BND, jnp.zeros((), joined_BND.dtype))
     if targets is None:
         return Fused(embeddings_BND, mask_BN, None)
-    targets = jnp.asarray(targets)[:, spans["text"]]
+    targets = jnp.asarray(targets)
+    targets = jnp.where(masks["text"], targets, jnp.asarray(PAD_ID, targets.dtype))
     B, N = mask_BN.shape
     others = jnp.full((B, N - targets.shape[1]), PAD_ID, targets.dtype)
     return Fused(embeddings_BND, mask_BN, jnp.concatenate([others, targets], axis=1))
+
+
+def _narrow(fused: Fused, width: int) -> Fused:
+    """`width` places a row, of which it keeps no more: the first ones that it does not keep are left out."""
+    empty_BN = ~fused.attention_mask
+    surplus = empty_BN.shape[1] - width
+    if surplus == 0:
+        return fused
+    out_BN = empty_BN & (jnp.cumsum(empty_BN, axis=1, dtype=jnp.int32) <= surplus)
+    order_BN = jnp.argsort(out_BN, axis=1, stable=True)[:, :width]
+    embeddings_BND, mask_BN, targets_BN = fused
+    return Fused(
+        jnp.take_along_axis(embeddings_BND, order_BN[:, :, None], axis=1),
+        jnp.take_along_axis(mask_BN, order_BN, axis=1),
+        None if targets_BN is None else jnp.take_along_axis(targets_BN, order_BN, axis=1),
+    )
 
 
 def _listed(lengths: dict[str, int]) -> str:
@@ -477,7 +554,7 @@ def _lacks(sense: str) -> str:
 
 
 def _check_mask(name: str, mask: Any, shapes: list[tuple[int, ...]]) -> None:
-    _check_array(name, mask)
+    check_array(name, mask)
     if mask.dtype != jnp.bool_ or tuple(mask.shape) not in shapes:
         raise ValueError(
             f"{name} is {mask.dtype} of shape {tuple(mask.shape)}: must be boolean of shape "
@@ -501,7 +578,7 @@ def _lengths(mel: Any, mel_lengths: Any, has_audio: Any) -> tuple[Array | None, 
     """(mel_lengths, 1 in rows without a clip; which frames are to be read), None for all of both."""
     if mel_lengths is None:
         return None, has_audio
-    _check_array("mel_lengths", mel_lengths)
+    check_array("mel_lengths", mel_lengths)
     B, frames, _ = mel.shape
     whole = jnp.issubdtype(mel_lengths.dtype, jnp.integer)
     if tuple(mel_lengths.shape) != (B,) or not whole:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .cache import KVCache, _check_window, init_cache
+from .cache import KVCache, check_window, init_cache
 from .config import EOS_ID, PAD_ID, ThinkerConfig
 from .layers import check_token_ids, statistics_dtype
 from .sampling import (
@@ -104,7 +104,7 @@ def generate(
     senses, counts = senses_of(model, images, mels, len(prompts))
     _check_settings(temperature, top_k, top_p)
     _check_penalty(repetition_penalty)
-    _check_window(window)
+    check_window(window)
     num_samples = _check_integer("num_samples", num_samples, 1, "use 1 for one continuation of each prompt")
     seed = _check_integer("seed", seed, 0, "give a seed from 0 up")
     if seed > _LARGEST_SEED:

@@ -13,6 +13,7 @@ The pixels are exactly Pillow's, and so the same on both sides of a comparison, 
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -88,7 +89,7 @@ def resize_pixels(pixels: UInt8[np.ndarray, "H W 3"], size: int | tuple[int, int
             "green and blue, at least one pixel; pass for example (255 * pixels).round().astype('uint8')"
         )
     _check_size(size)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = map(int, size if isinstance(size, tuple) else (size, size))
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.array(image.resize((width, height), Image.Resampling.BILINEAR, box=None, reducing_gap=None))
 
@@ -140,9 +141,10 @@ def _damaged(name: str, bad: Exception) -> ValueError:
 
 def _check_size(size: Any) -> None:
     sides = size if isinstance(size, tuple) else (size, size)
-    whole = len(sides) == 2 and all(type(side) is int and side >= 1 for side in sides)
-    if not (whole and sides[0] * sides[1] <= _MOST_PIXELS):
+    whole = all(isinstance(side, int | np.integer) and not isinstance(side, bool) and side >= 1 for side in sides)
+    if not (len(sides) == 2 and whole and math.prod(map(int, sides)) <= _MOST_PIXELS):
+        fix = f"give {tuple(size)!r}" if isinstance(size, list) and len(size) == 2 else "give for example 224"
         raise ValueError(
-            f"size = {size!r} cannot be: must be a number of pixels from 1 up, or (height, width), with up to "
-            f"{_MOST_PIXELS} pixels in all; give for example 224"
+            f"size = {size!r} cannot be: must be a number of pixels from 1 up, or a tuple (height, width), with up to "
+            f"{_MOST_PIXELS} pixels in all; {fix}"
         )

@@ -96,7 +96,7 @@ def checked(fn: Callable[Given, Result]) -> Callable[Given, Result]:
     return run
 
 
-def _check_inside(good: Bool[Array, ""], kind: type[ValueError], text: str, **numbers: Any) -> None:
+def check_inside(good: Bool[Array, ""], kind: type[ValueError], text: str, **numbers: Any) -> None:
     """Under `checked`, `kind` with `text` where `good` is False; without it nothing at all enters the program."""
     if _checking.value:
         checkify.check(good, f"{kind.__name__}: {text}", **numbers)
@@ -107,7 +107,7 @@ def _check_integers(dtype: Any, name: str) -> None:
         raise ValueError(f"{name} must hold integers, got {dtype}; pass token ids")
 
 
-def _check_array(name: str, x: Any) -> None:
+def check_array(name: str, x: Any) -> None:
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise ValueError(f"{name} is a {type(x).__name__}, must be an array; pass jnp.asarray({name})")
 
@@ -125,7 +125,7 @@ def statistics_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def _cast_to_parameters(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Arrays:
+def cast_to_parameters(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Arrays:
     """flax's promote_dtype hook: (inputs, *parameters) in `dtype`, or in the parameters' own.
 
     flax's default promotes inputs and parameters to their common type, so that one float32 input would quietly turn
@@ -136,15 +136,15 @@ def _cast_to_parameters(arrays: Arrays, /, *, dtype: Any = None, inexact: bool =
 
 
 def _cast_to_statistics(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Arrays:
-    return _cast_to_parameters(arrays, dtype=statistics_dtype(arrays[1].dtype if dtype is None else dtype))
+    return cast_to_parameters(arrays, dtype=statistics_dtype(arrays[1].dtype if dtype is None else dtype))
 
 
-def _linear(
+def make_linear(
     in_features: int,
     out_features: int,
     *,
     use_bias: bool = False,
-    promote_dtype: Any = _cast_to_parameters,
+    promote_dtype: Any = cast_to_parameters,
     rngs: nnx.Rngs,
     dtype: Any,
     param_dtype: Any,
@@ -166,7 +166,7 @@ def _linear(
     )
 
 
-def _make_dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
+def make_dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
     """nnx.Dropout with every default written out; at rate 0 it holds no random state, so all state is parameters."""
     return nnx.Dropout(
         rate, broadcast_dims=(), deterministic=False, rng_collection="dropout", rngs=rngs if rate > 0.0 else None
@@ -192,7 +192,7 @@ class TokenEmbedding(nnx.Embed):
             dtype=dtype,
             param_dtype=param_dtype,
             embedding_init=embedding_default,
-            promote_dtype=_cast_to_parameters,
+            promote_dtype=cast_to_parameters,
             rngs=rngs,
         )
         self.dtype = dtype  # nnx.Embed would pin the dtype of the table it was born with
@@ -210,7 +210,7 @@ class TokenEmbedding(nnx.Embed):
             ids_N = jnp.ravel(ids)
             bad_N = (ids_N < 0) | (ids_N >= self.num_embeddings)
             first = ids_N[jnp.argmax(bad_N)]
-            _check_inside(~jnp.any(bad_N), TokenIdError, _not_an_id("{id}", self.num_embeddings), id=first)
+            check_inside(~jnp.any(bad_N), TokenIdError, _not_an_id("{id}", self.num_embeddings), id=first)
         table_VD = self.embedding[...]
         if self.dtype is not None:
             table_VD = table_VD.astype(self.dtype)
@@ -241,7 +241,7 @@ class RMSNorm(nnx.RMSNorm):
             reduction_axes=-1,
             feature_axes=-1,
             use_fast_variance=False,
-            promote_dtype=_cast_to_parameters,
+            promote_dtype=cast_to_parameters,
             rngs=rngs,
         )
 
@@ -297,9 +297,9 @@ class SwiGLU(nnx.Module):
         self, d_model: int, d_ff: int, *, rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
     ) -> None:
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.gate_proj = _linear(d_model, d_ff, **kinds)
-        self.up_proj = _linear(d_model, d_ff, **kinds)
-        self.down_proj = _linear(d_ff, d_model, **kinds)
+        self.gate_proj = make_linear(d_model, d_ff, **kinds)
+        self.up_proj = make_linear(d_model, d_ff, **kinds)
+        self.down_proj = make_linear(d_ff, d_model, **kinds)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """x (*B, D), through F hidden channels and back: (*B, D)."""
@@ -316,8 +316,8 @@ class GELUMLP(nnx.Module):
         self, d_model: int, d_ff: int, *, rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
     ) -> None:
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.fc1 = _linear(d_model, d_ff, use_bias=True, **kinds)
-        self.fc2 = _linear(d_ff, d_model, use_bias=True, **kinds)
+        self.fc1 = make_linear(d_model, d_ff, use_bias=True, **kinds)
+        self.fc2 = make_linear(d_ff, d_model, use_bias=True, **kinds)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """x (*B, D), through F hidden channels and back: (*B, D)."""
@@ -352,7 +352,7 @@ class MoE(nnx.Module):
     ) -> None:
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.num_experts_per_tok = num_experts_per_tok
-        self.router = _linear(d_model, num_experts, promote_dtype=_cast_to_statistics, **kinds)
+        self.router = make_linear(d_model, num_experts, promote_dtype=_cast_to_statistics, **kinds)
         mlp = SwiGLU if use_swiglu else GELUMLP
         self.experts = nnx.List([mlp(d_model, d_ff, **kinds) for _ in range(num_experts)])
 

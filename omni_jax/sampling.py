@@ -24,7 +24,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import _check_array, statistics_dtype
+from .layers import check_array, statistics_dtype
 
 __all__ = ["apply_repetition_penalty", "truncated_probabilities", "sample"]
 
@@ -47,7 +47,7 @@ def apply_repetition_penalty(
     """
     logits_BV = _check_rows("logits_BV", logits_BV)
     _check_penalty(repetition_penalty)
-    _check_array("seen_BV", seen_BV)
+    check_array("seen_BV", seen_BV)
     if seen_BV.dtype != jnp.bool_ or seen_BV.shape != logits_BV.shape:
         raise ValueError(
             f"seen_BV has shape {tuple(seen_BV.shape)} and dtype {seen_BV.dtype}: must be boolean, of the logits' "
@@ -93,7 +93,7 @@ def sample(p_BV: Float[Array, "B V"], uniforms_B: Float[Array, " B"]) -> Int[Arr
     Source: Devroye, Non-Uniform Random Variate Generation (1986), section III.2.
     """
     p_BV = _check_rows("p_BV", p_BV)
-    _check_array("uniforms_B", uniforms_B)
+    check_array("uniforms_B", uniforms_B)
     if tuple(uniforms_B.shape) != p_BV.shape[:1] or not jnp.issubdtype(uniforms_B.dtype, jnp.floating):
         raise ValueError(
             f"uniforms_B have shape {tuple(uniforms_B.shape)} and dtype {uniforms_B.dtype}: must be floating point of "
@@ -242,7 +242,7 @@ def _check_integer(name: str, value: Any, least: int, fix: str) -> int:
 
 def _check_rows(name: str, x: Any) -> Array:
     """x in the dtype that sampling computes in."""
-    _check_array(name, x)
+    check_array(name, x)
     if x.ndim != 2 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} have shape {tuple(x.shape)} and dtype {x.dtype}: must be floating point of shape (B, V) with at "

@@ -21,7 +21,7 @@ def read_senses(model: Any, image: _Path | None, audio: _Path | None) -> dict[st
     """A picture's and a sound file's content as generate's `images` and `mels`, as the model's config asks for them.
 
     Raises:
-        ValueError: a file that cannot be read; a model that cannot see, or hear.
+        ValueError: a file that cannot be read; a model that cannot see, or hear; a clip that is too long for it.
     """
     from .audio import load_audio
     from .vision import load_image
@@ -36,11 +36,13 @@ def read_senses(model: Any, image: _Path | None, audio: _Path | None) -> dict[st
     if image is not None:
         made["images"] = [load_image(image, size=model.config.vision.img_size)]
     if audio is not None:
+        name = f"sound file {os.fspath(audio)!r}"
         try:
-            made["mels"] = [model.features(load_audio(audio, model.config.audio.sample_rate))]
+            mel = model.features(load_audio(audio, model.config.audio.sample_rate))
         except ValueError as bad:
-            named = str(bad) if os.fspath(audio) in str(bad) else f"sound file {os.fspath(audio)!r}: {bad}"
-            raise ValueError(named) from None
+            raise ValueError(str(bad) if os.fspath(audio) in str(bad) else f"{name}: {bad}") from None
+        _check_clip(name, tuple(mel.shape), model.config)
+        made["mels"] = [mel]
     return made
 
 
@@ -64,7 +66,7 @@ def senses_of(model: Any, images: Any, mels: Any, prompts: int) -> tuple[dict[st
     if not senses:
         return None, [0] * prompts
     checked = dict.fromkeys(("images", "mel", "mel_lengths", "has_image", "has_audio")) | senses
-    model._checked(prompts, **checked)
+    model.check_senses(prompts, **checked)
     lengths = [0 if clip is None else model.config.audio.num_vectors(len(clip)) for clip in clips]
     return senses, [(picture is not None) + length for picture, length in zip(pictures, lengths, strict=True)]
 
@@ -91,12 +93,13 @@ def _check_sense(model: Any, name: str, section: str) -> None:
 
 def _stacked(name: str, has: str, values: list[Any]) -> dict[str, Any]:
     """Arrays of one shape as a batch, 0 where there is none."""
-    given = {i: _as_array(f"{name}[{i}]", value) for i, value in enumerate(values) if value is not None}
+    given = _given(name, values)
     shapes = sorted({value.shape for value in given.values()})
-    if len(shapes) > 1 or len(shapes[0]) != 3:
+    if len(shapes) > 1 or len(shapes[0]) != 3 or shapes[0][0] != 3:
+        last = all(len(shape) == 3 and shape[2] == 3 for shape in shapes)
+        fix = "transpose(2, 0, 1) moves the colours to the front" if last else "give load_image(path, size=224)'s"
         raise ValueError(
-            f"{name} have the shapes {', '.join(map(str, shapes))}: must be (3, H, W), the same for all; give "
-            "load_image(path, size=224)'s"
+            f"{name} have the shapes {', '.join(map(str, shapes))}: must be (3, H, W), the same for all; {fix}"
         )
     empty = np.zeros_like(next(iter(given.values())))
     batch = np.stack([given.get(i, empty) for i in range(len(values))])
@@ -105,7 +108,7 @@ def _stacked(name: str, has: str, values: list[Any]) -> dict[str, Any]:
 
 def _padded(model: Any, clips: list[Any]) -> dict[str, Any]:
     """Clips of any length as a batch, its frames a power of two."""
-    given = {i: _as_array(f"mels[{i}]", clip) for i, clip in enumerate(clips) if clip is not None}
+    given = _given("mels", clips)
     for i, clip in given.items():
         _check_clip(f"mels[{i}]", clip.shape, model.config)
     first = next(iter(given.values()))
@@ -117,7 +120,19 @@ def _padded(model: Any, clips: list[Any]) -> dict[str, Any]:
     return {"mel": batch, "mel_lengths": lengths, "has_audio": lengths > 0}
 
 
+def _given(name: str, values: list[Any]) -> dict[int, np.ndarray]:
+    """Those that are not None, by their place: of one dtype, so that none is rounded to another's."""
+    given = {i: _as_array(f"{name}[{i}]", value) for i, value in enumerate(values) if value is not None}
+    dtypes = sorted({str(value.dtype) for value in given.values()})
+    if len(dtypes) > 1:
+        raise ValueError(f"{name} have the dtypes {', '.join(dtypes)}: must be one for all; cast them to float32")
+    return given
+
+
 def _as_array(name: str, value: Any) -> np.ndarray:
+    if isinstance(value, str | os.PathLike):
+        fix = "load_image(path)" if name.startswith("images") else "model.features(load_audio(path))"
+        raise ValueError(f"{name} = {os.fspath(value)!r} is a path: must be an array; give {fix}")
     try:
         array = np.asarray(value)
     except (TypeError, ValueError):

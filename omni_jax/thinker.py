@@ -24,7 +24,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .attention import CausalSelfAttention, default_positions, make_attention_mask
-from .cache import KVCache, _CachedCall, _check_cache
+from .cache import KVCache, _CachedCall, check_cache
 from .config import ThinkerConfig
 from .layers import (
     GELUMLP,
@@ -32,9 +32,9 @@ from .layers import (
     RMSNorm,
     SwiGLU,
     TokenEmbedding,
-    _check_array,
-    _linear,
-    _make_dropout,
+    check_array,
+    make_dropout,
+    make_linear,
     rope_frequencies,
 )
 
@@ -75,7 +75,7 @@ class Block(nnx.Module):
             )
         else:
             self.mlp = (SwiGLU if config.use_swiglu else GELUMLP)(config.d_model, config.d_ff, **kinds)
-        self.drop = _make_dropout(config.dropout, rngs)
+        self.drop = make_dropout(config.dropout, rngs)
 
     def __call__(
         self,
@@ -105,6 +105,7 @@ class ThinkerLM(nnx.Module):
     training mode, as its torch twin is: call `model.eval()` before inference, or dropout is on.
 
     `dtype` is the compute dtype, None for the parameters' own; `param_dtype` is what the parameters are stored in.
+    `name` is the dotted path of this model in one that owns it: what is named in the trace begins with it.
 
     Raises:
         ValueError: what ThinkerConfig refuses.
@@ -127,6 +128,7 @@ class ThinkerLM(nnx.Module):
         num_experts: int = 8,
         num_experts_per_tok: int = 2,
         *,
+        name: str = "",
         rngs: nnx.Rngs,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -150,10 +152,11 @@ class ThinkerLM(nnx.Module):
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.dtype = dtype
+        self.prefix = f"{name}." if name else ""
         self.tok_emb = TokenEmbedding(config.vocab_size, config.d_model, **kinds)
-        self.blocks = nnx.List([Block(config, f"blocks.{i}", **kinds) for i in range(config.n_layers)])
+        self.blocks = nnx.List([Block(config, f"{self.prefix}blocks.{i}", **kinds) for i in range(config.n_layers)])
         self.norm = RMSNorm(config.d_model, **kinds)
-        self.lm_head = _linear(config.d_model, config.vocab_size, **kinds)
+        self.lm_head = make_linear(config.d_model, config.vocab_size, **kinds)
 
     @classmethod
     def from_config(
@@ -170,7 +173,7 @@ class ThinkerLM(nnx.Module):
         other numbers than the constructor's. Inside a trace this is the constructor. `rngs` defaults to nnx.Rngs(0).
         """
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        return _fresh(lambda rngs: cls(**config.to_dict(), rngs=rngs, dtype=dtype, param_dtype=param_dtype), rngs)
+        return fresh_model(lambda rngs: cls(**config.to_dict(), rngs=rngs, dtype=dtype, param_dtype=param_dtype), rngs)
 
     @classmethod
     def from_checkpoint(
@@ -197,7 +200,7 @@ class ThinkerLM(nnx.Module):
         from .checkpoint import load_weights
 
         checkpoint, found, stored = read_model(path, config, n_heads)
-        param_dtype = _loaded_dtype(path, stored, param_dtype)
+        param_dtype = loaded_dtype(path, stored, param_dtype)
         weights = checkpoint.model
         if param_dtype.name != stored:
             weights = {key: np.asarray(value).astype(param_dtype) for key, value in weights.items()}
@@ -234,7 +237,7 @@ class ThinkerLM(nnx.Module):
         x_BTD = self._embed(tokens, embeddings)
         B, T, _ = x_BTD.shape
         if cache is not None:
-            _check_cache(cache, self, B, T, attention_mask)
+            check_cache(cache, self, B, T, attention_mask)
             call = _CachedCall(cache, T, attention_mask)
             mask_BTS, layers = call.mask(), call.layers
             positions_BT = call.positions_BT if positions is None else self._positions(B, T, None, positions)
@@ -248,7 +251,7 @@ class ThinkerLM(nnx.Module):
             x_BTD = block(x_BTD, cos_BTC, sin_BTC, mask_BTS, layer)
         if last_only:
             x_BTD = x_BTD[:, -1:]
-        logits_BTV = self.lm_head(checkpoint_name(self.norm(x_BTD), "norm"))
+        logits_BTV = self.lm_head(checkpoint_name(self.norm(x_BTD), f"{self.prefix}norm"))
         return logits_BTV if call is None else (call.mark(logits_BTV), call.finish())
 
     def _embed(self, tokens: Any, embeddings: Any) -> Array:
@@ -259,7 +262,7 @@ class ThinkerLM(nnx.Module):
             )
         if tokens is not None:
             _check_rank("tokens", tokens, "(B, T)")
-            return checkpoint_name(self.tok_emb(tokens), "tok_emb")
+            return checkpoint_name(self.tok_emb(tokens), f"{self.prefix}tok_emb")
         _check_rank("embeddings", embeddings, "(B, T, D)")
         if embeddings.shape[-1] != self.config.d_model or not jnp.issubdtype(embeddings.dtype, jnp.floating):
             raise ValueError(
@@ -276,7 +279,7 @@ class ThinkerLM(nnx.Module):
                     "positions= to go beyond what the model was trained for"
                 )
             return default_positions(T, attention_mask)
-        _check_array("positions", positions)
+        check_array("positions", positions)
         if tuple(positions.shape) not in ((T,), (1, T), (B, T)) or not jnp.issubdtype(positions.dtype, jnp.integer):
             raise ValueError(
                 f"positions have shape {tuple(positions.shape)} and dtype {positions.dtype}: must be integers "
@@ -291,7 +294,7 @@ def num_parameters(model: nnx.Module) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def _loaded_dtype(path: str | os.PathLike[str], stored: str, param_dtype: Any) -> Any:
+def loaded_dtype(path: str | os.PathLike[str], stored: str, param_dtype: Any) -> Any:
     """What the parameters of a checkpoint are to be held in; None: as they are stored."""
     param_dtype = jnp.dtype(stored if param_dtype is None else param_dtype)
     if param_dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
@@ -302,7 +305,7 @@ def _loaded_dtype(path: str | os.PathLike[str], stored: str, param_dtype: Any) -
     return param_dtype
 
 
-def _fresh(make: Callable[[nnx.Rngs], Model], rngs: nnx.Rngs) -> Model:
+def fresh_model(make: Callable[[nnx.Rngs], Model], rngs: nnx.Rngs) -> Model:
     """The model that `make` makes, with weights of its distributions, drawn by numpy; inside a trace make's own."""
     key = rngs.params()
     if isinstance(key, Tracer):
@@ -346,7 +349,7 @@ def _starts_at_zero(path: tuple[Any, ...]) -> bool:
 
 
 def _check_rank(name: str, x: Any, shape: str) -> None:
-    _check_array(name, x)
+    check_array(name, x)
     if x.ndim != shape.count(",") + 1 or 0 in x.shape:
         raise ValueError(
             f"{name} have shape {tuple(x.shape)}: must be {shape} with at least one entry on each axis; "

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .config import _LARGEST_INT, ThinkerConfig, _invalid, _typed, read_config
+from .config import LARGEST_INT, ThinkerConfig, invalid_value, read_config, typed_value
 
 __all__ = ["TrainConfig"]
 
@@ -45,22 +45,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, str(field.type), getattr(self, field.name)))
+            object.__setattr__(self, field.name, typed_value(field.name, str(field.type), getattr(self, field.name)))
         for field in fields(self):
             value, least = getattr(self, field.name), 0 if field.name in ("warmup_steps", "seed") else 1
-            if field.type == "int" and not least <= value <= _LARGEST_INT:
+            if field.type == "int" and not least <= value <= LARGEST_INT:
                 fix = f"set {field.name} within these bounds"
-                raise _invalid(field.name, value, f"{least} to {_LARGEST_INT}", fix)
+                raise invalid_value(field.name, value, f"{least} to {LARGEST_INT}", fix)
         for name in ("lr", "max_grad_norm"):
             if not getattr(self, name) > 0.0:
-                raise _invalid(name, getattr(self, name), "above 0", f"the family's is {getattr(TrainConfig, name)}")
+                raise invalid_value(
+                    name, getattr(self, name), "above 0", f"the family's is {getattr(TrainConfig, name)}"
+                )
         if not self.wd >= 0.0:
-            raise _invalid("wd", self.wd, "at least 0", "use 0.0 for no weight decay")
+            raise invalid_value("wd", self.wd, "at least 0", "use 0.0 for no weight decay")
         if not 0.0 <= self.val_split < 1.0:
-            raise _invalid("val_split", self.val_split, "in [0, 1)", "use 0.0 for no validation")
+            raise invalid_value("val_split", self.val_split, "in [0, 1)", "use 0.0 for no validation")
         if self.warmup_steps >= self.max_steps:
             allowed = f"below max_steps={self.max_steps}"
-            raise _invalid("warmup_steps", self.warmup_steps, allowed, "lower warmup_steps or raise max_steps")
+            raise invalid_value("warmup_steps", self.warmup_steps, allowed, "lower warmup_steps or raise max_steps")
 
     @classmethod
     def from_json(cls, path: str | Path) -> TrainConfig:

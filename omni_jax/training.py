@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .checkpoint import _torch_key, export_weights, load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import export_weights, load_checkpoint, load_weights, save_checkpoint, torch_key
 from .config import BOS_ID, EOS_ID, PAD_ID, ThinkerConfig, read_config
 from .data import token_batch, token_stream
 from .interrupt import Interrupt
@@ -186,7 +186,7 @@ class TrainState:
     best_val_loss: float
 
 
-class _Metrics(NamedTuple):
+class Metrics(NamedTuple):
     """What an update leaves on the device beside the state; from the first bad update on, that one's."""
 
     ok: Array
@@ -251,8 +251,8 @@ class Trainer:
             self.folder.check_free()
         self._started = resume
         names: list[tuple] = []
-        nnx.eval_shape(lambda: _named_parameters(ThinkerLM(**config.to_dict(), rngs=nnx.Rngs(0)), names))
-        self._keys = [_torch_key(name) for name in names]
+        nnx.eval_shape(lambda: named_parameters(ThinkerLM(**config.to_dict(), rngs=nnx.Rngs(0)), names))
+        self._keys = [torch_key(name) for name in names]
         model = ThinkerLM.from_config(config, rngs=nnx.Rngs(train_config.seed))
         model.eval()
         self._eval_graphdef = nnx.graphdef(model)
@@ -261,7 +261,7 @@ class Trainer:
         self.state = TrainState(params, init_adamw_state(params), 0, math.inf)
         if resume:
             self._restore()
-        self._metrics = _Metrics(jnp.array(True), *(jnp.zeros((), jnp.float32) for _ in range(3)))
+        self._metrics = Metrics(jnp.array(True), *(jnp.zeros((), jnp.float32) for _ in range(3)))
         self._tokens = 0
 
     @property
@@ -326,7 +326,7 @@ class Trainer:
             return math.inf
         nats = _validation(self._eval_graphdef, self.state.params, self._rest, self._rows_NBT)
         # Summed in float64: float32 would lose digits over many batches.
-        return _shortest(math.fsum(np.asarray(nats).tolist()) / counts)
+        return shortest_float(math.fsum(np.asarray(nats).tolist()) / counts)
 
     def _update(self) -> int:
         """Hand one step to the device, and return how many tokens it predicts, without waiting."""
@@ -346,11 +346,11 @@ class Trainer:
             # From the bad update on, the device changed nothing, and its count of updates stood still.
             self.state.step = int(self.state.optimizer.t)
             self._metrics = self._metrics._replace(ok=jnp.array(True))
-            _must_be_finite(self.state.step, float(loss), float(grad_norm))
+            must_be_finite(self.state.step, float(loss), float(grad_norm))
         return {
-            "loss": _shortest(loss),
-            "lr": _shortest(lr),
-            "grad_norm": _shortest(grad_norm),
+            "loss": shortest_float(loss),
+            "lr": shortest_float(lr),
+            "grad_norm": shortest_float(grad_norm),
             "tokens": self._tokens,
         }
 
@@ -376,7 +376,7 @@ class Trainer:
     def _save(self, path: Path | None = None) -> None:
         self._read_metrics()  # nothing is written before the updates are known to be good
         state, train = self.state, self.train_config
-        lr = _shortest(train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps))
+        lr = shortest_float(train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps))
         moments = {"exp_avg": self._in_torch_order(state.optimizer.m)}
         moments["exp_avg_sq"] = self._in_torch_order(state.optimizer.v)
         steps = [np.array(state.step, np.float32) for _ in self._keys]
@@ -423,10 +423,10 @@ def _train_step(
     train_config: TrainConfig,
     params: Any,
     optimizer: AdamWState,
-    before: _Metrics,
+    before: Metrics,
     rest: Any,
     tokens_ABT: Int[Array, "A B T"],
-) -> tuple[Any, AdamWState, _Metrics]:
+) -> tuple[Any, AdamWState, Metrics]:
     """The update, compiled once for a run: (params, optimizer, metrics), unchanged if it, or one before, went bad."""
     train = train_config
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), _DROPOUT), optimizer.t)
@@ -444,7 +444,7 @@ def _train_step(
     ok = before.ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     new = (new_params, new_optimizer)
     new_params, new_optimizer = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, (params, optimizer))
-    metrics = _Metrics(ok, loss, grad_norm, jnp.asarray(lr, jnp.float32))
+    metrics = Metrics(ok, loss, grad_norm, jnp.asarray(lr, jnp.float32))
     return new_params, new_optimizer, jax.tree.map(lambda n, o: jnp.where(before.ok, n, o), metrics, before)
 
 
@@ -481,13 +481,13 @@ def _reseeded(rest: Any, key: Array) -> Any:
     return nnx.from_flat_state(streams)
 
 
-def _named_parameters(model: nnx.Module, names: list[tuple], path: tuple = ()) -> nnx.Module:
+def named_parameters(model: nnx.Module, names: list[tuple], path: tuple = ()) -> nnx.Module:
     """Append the paths of the parameters to `names` in the order of their definition, torch's; returns the model."""
     for name, value in vars(model).items():
         if isinstance(value, nnx.Param):
             names.append((*path, name))
         elif isinstance(value, nnx.Module):
-            _named_parameters(value, names, (*path, name))
+            named_parameters(value, names, (*path, name))
     return model
 
 
@@ -588,12 +588,12 @@ def _checked_ids(name: str, ids: Any, config: ThinkerConfig) -> Int[np.ndarray, 
     return array.astype(np.int32)
 
 
-def _shortest(x: Any) -> float:
+def shortest_float(x: Any) -> float:
     """A float32 as the shortest decimal that is still it: 0.0003, not 0.0003000000142492354."""
     return float(str(np.float32(x)))
 
 
-def _must_be_finite(step: int, loss: float, grad_norm: float) -> None:
+def must_be_finite(step: int, loss: float, grad_norm: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NumericalError(
             f"update {step + 1}: the loss is {loss} and the gradients' norm {grad_norm}, both must be finite; nothing "

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from .image_file import read_image, resize_pixels
-from .layers import _check_array, statistics_dtype
+from .layers import check_array, statistics_dtype
 
 __all__ = ["load_image", "resize", "patchify", "unpatchify", "resize_positions"]
 
@@ -48,11 +48,13 @@ def resize(image: UInt8[Array, "3 H W"], size: int | tuple[int, int]) -> UInt8[A
     Raises:
         ValueError: an image of another shape or dtype (Pillow resizes levels of 0 to 255), or a size that cannot be.
     """
-    _check_array("image", image)
+    check_array("image", image)
     if image.dtype != jnp.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        last = image.ndim == 3 and image.shape[2] == 3 and image.shape[0] != 3
+        fix = "pass image.transpose(2, 0, 1)" if last else "pass for example (255 * image).round() as uint8"
         raise ValueError(
             f"image has shape {tuple(image.shape)} and dtype {image.dtype}: must be uint8 (levels of 0 to 255) "
-            "of shape (3, H, W); pass for example (255 * image).round() as uint8"
+            f"of shape (3, H, W); {fix}"
         )
     return jnp.asarray(resize_pixels(np.asarray(image).transpose(1, 2, 0), size).transpose(2, 0, 1))
 
@@ -67,7 +69,7 @@ def patchify(images_B3HW: Shaped[Array, "B 3 H W"], patch: int) -> Shaped[Array,
 
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929.
     """
-    _check_images(images_B3HW, patch)
+    check_images(images_B3HW, patch)
     B, _, H, W = images_B3HW.shape
     split = jnp.reshape(images_B3HW, (B, 3, H // patch, patch, W // patch, patch))
     return jnp.reshape(jnp.transpose(split, (0, 2, 4, 3, 5, 1)), (B, -1, patch * patch * 3))
@@ -79,7 +81,7 @@ def unpatchify(patches: Shaped[Array, "B N F"], patch: int, height: int, width: 
     Raises:
         ValueError: sides that P does not divide, or patches of another shape than those of such images.
     """
-    _check_array("patches", patches)
+    check_array("patches", patches)
     _check_sides(patch, height, width)
     rows, columns = height // patch, width // patch
     if patches.ndim != 3 or tuple(patches.shape[1:]) != (rows * columns, patch * patch * 3):
@@ -106,7 +108,7 @@ def resize_positions(
 
     Source: Keys, Cubic Convolution Interpolation for Digital Image Processing, IEEE ASSP 29(6), 1981.
     """
-    _check_array("pos", pos)
+    check_array("pos", pos)
     _check_grids(tuple(pos.shape), grid, new_grid)
     if not jnp.issubdtype(pos.dtype, jnp.floating):
         raise ValueError(f"pos has dtype {pos.dtype}: must be floating; give the table that a ViT has learnt")
@@ -133,13 +135,13 @@ def _cubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
     return weights
 
 
-def _check_images(images: Any, patch: int) -> None:
-    _check_array("images", images)
+def check_images(images: Any, patch: int) -> None:
+    check_array("images", images)
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(
-            f"images have shape {tuple(images.shape)}: must be (B, 3, H, W), red, green and blue; add the missing "
-            "axis, for example images[None], or move the colours to the front"
-        )
+        fix = "add the missing axis, for example images[None], or move the colours to the front"
+        if images.ndim == 4 and images.shape[3] == 3:
+            fix = "the colours are last: pass images.transpose(0, 3, 1, 2)"
+        raise ValueError(f"images have shape {tuple(images.shape)}: must be (B, 3, H, W), red, green and blue; {fix}")
     _check_sides(patch, *images.shape[2:])
 
 

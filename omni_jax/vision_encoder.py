@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from .attention import attend
 from .init import bias_default, init_linear, linear_default
-from .layers import RMSNorm, _cast_to_parameters, _linear, _make_dropout, statistics_dtype
-from .vision import _check_images, resize_positions
+from .layers import RMSNorm, cast_to_parameters, make_dropout, make_linear, statistics_dtype
+from .vision import check_images, resize_positions
 
 __all__ = ["ViTTiny"]
 
@@ -37,7 +37,7 @@ class _LayerNorm(nnx.LayerNorm):
             reduction_axes=-1,
             feature_axes=-1,
             use_fast_variance=False,  # E[x²] − E[x]² cancels where the mean is large
-            promote_dtype=_cast_to_parameters,
+            promote_dtype=cast_to_parameters,
             rngs=rngs,
         )
 
@@ -62,10 +62,10 @@ class _SelfAttention(nnx.Module):
 
     def __init__(self, d: int, heads: int, dropout: float, **kinds: Any) -> None:
         self.heads = heads
-        self.in_proj = init_linear(_linear(d, 3 * d, use_bias=True, **kinds), kinds["rngs"].params(), "xavier")
-        self.out_proj = _linear(d, d, use_bias=True, **kinds)
+        self.in_proj = init_linear(make_linear(d, 3 * d, use_bias=True, **kinds), kinds["rngs"].params(), "xavier")
+        self.out_proj = make_linear(d, d, use_bias=True, **kinds)
         self.out_proj.bias = nnx.Param(jnp.zeros((d,), kinds["param_dtype"]))
-        self.drop = _make_dropout(dropout, kinds["rngs"])
+        self.drop = make_dropout(dropout, kinds["rngs"])
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         B, T, D = x_BTD.shape
@@ -85,11 +85,11 @@ class _Block(nnx.Module):
     def __init__(self, d: int, heads: int, ff: int, dropout: float, name: str, **kinds: Any) -> None:
         self.name = name
         self.self_attn = _SelfAttention(d, heads, dropout, **kinds)
-        self.linear1 = _linear(d, ff, use_bias=True, **kinds)
-        self.linear2 = _linear(ff, d, use_bias=True, **kinds)
+        self.linear1 = make_linear(d, ff, use_bias=True, **kinds)
+        self.linear2 = make_linear(ff, d, use_bias=True, **kinds)
         self.norm1 = _LayerNorm(d, **kinds)
         self.norm2 = _LayerNorm(d, **kinds)
-        self.drop = _make_dropout(dropout, kinds["rngs"])
+        self.drop = make_dropout(dropout, kinds["rngs"])
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         y_BTD = self.self_attn(self.norm1(x_BTD))
@@ -114,6 +114,7 @@ class ViTTiny(nnx.Module):
         img_size: height and width that the positions are learned for, in pixels.
         patch: side of a patch in pixels.
         d, layers, heads, ff, dropout: width, number of blocks, of attention heads, hidden width, dropout.
+        name: the dotted path of this encoder in a model that owns it: what is named in the trace begins with it.
         dtype: the compute dtype, None for the parameters' own; `param_dtype` is what the parameters are stored in.
 
     Raises:
@@ -132,12 +133,14 @@ class ViTTiny(nnx.Module):
         ff: int = 768,
         dropout: float = 0.1,
         *,
+        name: str = "",
         rngs: nnx.Rngs,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
     ) -> None:
         _check_settings(img_size, patch, d, layers, heads, ff, dropout)
         kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.prefix = f"{name}." if name else ""
         self.patch = patch
         self.grid = (img_size // patch, img_size // patch)
         self.proj = nnx.Conv(
@@ -150,12 +153,13 @@ class ViTTiny(nnx.Module):
             precision=None,  # the caller's jax.default_matmul_precision decides
             kernel_init=linear_default,
             bias_init=bias_default(3 * patch * patch),
-            promote_dtype=_cast_to_parameters,
+            promote_dtype=cast_to_parameters,
             **kinds,
         )
         self.cls = nnx.Param(jnp.zeros((1, 1, d), param_dtype))
         self.pos = nnx.Param(jnp.zeros((1, 1 + self.grid[0] * self.grid[1], d), param_dtype))
-        self.blocks = nnx.List([_Block(d, heads, ff, dropout, f"blocks.{i}", **kinds) for i in range(layers)])
+        names = [f"{self.prefix}blocks.{i}" for i in range(layers)]
+        self.blocks = nnx.List([_Block(d, heads, ff, dropout, name, **kinds) for name in names])
         self.norm = RMSNorm(d, **kinds)
 
     def __call__(self, images_B3HW: Float[Array, "B 3 H W"]) -> tuple[Float[Array, "B 1 D"], Float[Array, "B N D"]]:
@@ -167,7 +171,7 @@ class ViTTiny(nnx.Module):
             ValueError: images of another shape, not floating (levels of 0 … 255 must be divided by 255 first), or of
                 sides that patch does not divide.
         """
-        _check_images(images_B3HW, self.patch)
+        check_images(images_B3HW, self.patch)
         if not jnp.issubdtype(images_B3HW.dtype, jnp.floating):
             raise ValueError(
                 f"images have dtype {images_B3HW.dtype}: must be floating point, in [0, 1]; pass images / 255"
@@ -179,7 +183,7 @@ class ViTTiny(nnx.Module):
         x_BTD = jnp.concatenate([cls, jnp.reshape(patches_BhwD, (B, rows * columns, D))], axis=1) + pos
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        x_BTD = checkpoint_name(self.norm(x_BTD), "norm")
+        x_BTD = checkpoint_name(self.norm(x_BTD), f"{self.prefix}norm")
         return x_BTD[:, :1], x_BTD[:, 1:]
 
 

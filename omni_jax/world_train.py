@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from .checkpoint import _torch_key, export_weights, load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import export_weights, load_checkpoint, load_weights, save_checkpoint, torch_key
 from .config import EOS_ID, PAD_ID
 from .fusion import OmniLM, fuse
 from .generation import generate
@@ -33,7 +33,7 @@ from .run_folder import RunFolder, fingerprint_of, write_json
 from .thinker import num_parameters
 from .tokenizer import BPETokenizer
 from .train_config import TrainConfig
-from .training import TrainState, _Metrics, _must_be_finite, _named_parameters, _shortest
+from .training import Metrics, TrainState, must_be_finite, named_parameters, shortest_float
 from .training_format import BETAS, EPS, optimizer_dict, saved_moments, scheduler_dict
 from .training_utils import NumericalError
 from .world_batch import (
@@ -167,11 +167,11 @@ class _Run:
         if resume:
             self.folder.check_same(self._settings, self._fingerprint)
         names: list[tuple] = []
-        nnx.eval_shape(lambda: _named_parameters(OmniLM(self.config, rngs=nnx.Rngs(0)), names))
-        self._keys = [_torch_key(name) for name in names]
+        nnx.eval_shape(lambda: named_parameters(OmniLM(self.config, rngs=nnx.Rngs(0)), names))
+        self._keys = [torch_key(name) for name in names]
         self._graphdef, params, self._rest = nnx.split(_fresh(self.config, train_config.seed), nnx.Param, ...)
         self.state = TrainState(params, init_adamw_state(params), 0, math.inf)
-        self._metrics = _Metrics(jnp.array(True), *(jnp.zeros((), jnp.float32) for _ in range(3)))
+        self._metrics = Metrics(jnp.array(True), *(jnp.zeros((), jnp.float32) for _ in range(3)))
         self._tokens = 0
         if resume:
             self._restore()
@@ -248,18 +248,18 @@ class _Run:
             # From the bad update on, the device changed nothing, and its count of updates stood still.
             self.state.step = int(self.state.optimizer.t)
             self._metrics = self._metrics._replace(ok=jnp.array(True))
-            _must_be_finite(self.state.step, float(loss), float(grad_norm))
+            must_be_finite(self.state.step, float(loss), float(grad_norm))
         return {
-            "loss": _shortest(loss),
-            "lr": _shortest(lr),
-            "grad_norm": _shortest(grad_norm),
+            "loss": shortest_float(loss),
+            "lr": shortest_float(lr),
+            "grad_norm": shortest_float(grad_norm),
             "tokens": self._tokens,
         }
 
     def _save(self) -> None:
         self._read_metrics()  # nothing is written before the updates are known to be good
         state, train = self.state, self.train_config
-        lr = _shortest(train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps))
+        lr = shortest_float(train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps))
         moments = {"exp_avg": self._in_torch_order(state.optimizer.m)}
         moments["exp_avg_sq"] = self._in_torch_order(state.optimizer.v)
         steps = [np.array(state.step, np.float32) for _ in self._keys]
@@ -307,10 +307,10 @@ def _train_step(
     train_config: TrainConfig,
     params: Any,
     optimizer: AdamWState,
-    before: _Metrics,
+    before: Metrics,
     rest: Any,
     rows: tuple[WorldRows, WorldRows],
-) -> tuple[Any, AdamWState, _Metrics]:
+) -> tuple[Any, AdamWState, Metrics]:
     """The update, compiled once for a run: (params, optimizer, metrics), unchanged if it, or one before, went bad."""
     train = train_config
 
@@ -326,7 +326,7 @@ def _train_step(
     # The host looks later: a bad update, and all after it, leave the state as it was.
     ok = before.ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     new_params, new_optimizer = jax.tree.map(lambda n, o: jnp.where(ok, n, o), tuple(new), (params, optimizer))
-    metrics = _Metrics(ok, loss, grad_norm, jnp.asarray(lr, jnp.float32))
+    metrics = Metrics(ok, loss, grad_norm, jnp.asarray(lr, jnp.float32))
     return new_params, new_optimizer, jax.tree.map(lambda n, o: jnp.where(before.ok, n, o), metrics, before)
 
 

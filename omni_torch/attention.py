@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .layers import _check_tensor, _name, apply_rope, statistics_dtype
+from .layers import apply_rope, check_tensor, dtype_name, statistics_dtype
 
 __all__ = ["make_attention_mask", "default_positions", "attend", "simple_attention", "CausalSelfAttention"]
 
@@ -39,10 +39,10 @@ def make_attention_mask(
     causal_TS = torch.ones(time, time, dtype=torch.bool, device=device).tril()
     if attention_mask is None:
         return causal_TS[None]
-    _check_tensor("attention_mask", attention_mask)
+    check_tensor("attention_mask", attention_mask)
     if attention_mask.dtype != torch.bool:
         raise ValueError(
-            f"attention_mask must be boolean (True: may be attended to), got {_name(attention_mask.dtype)}; "
+            f"attention_mask must be boolean (True: may be attended to), got {dtype_name(attention_mask.dtype)}; "
             "pass attention_mask != 0 for a mask of ones and zeros"
         )
     if tuple(attention_mask.shape) not in ((batch, time), (batch, time, time)):

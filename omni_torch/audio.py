@@ -15,12 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .audio_file import read_audio
-from .layers import _check_tensor, _name, statistics_dtype
+from .layers import check_tensor, dtype_name, statistics_dtype
 from .mel import (
     check_count,
+    check_length,
     frames_per_second,
     hann_window,
     hz_to_mel,
+    is_real,
     mel_filter_bank,
     mel_to_hz,
     num_frames,
@@ -93,9 +95,12 @@ def mel_spectrogram(
     """
     win_length = n_fft if win_length is None else win_length
     _check_settings(n_fft, hop_length, win_length, power, pad_mode)
+    power = float(power)
     _check_wave(wave, n_fft, power)
     wave_BN = wave if wave.ndim == 2 else wave[None]
-    _check_length(wave_BN.shape[1], n_fft, hop_length, center, pad_mode)
+    if center and pad_mode == "reflect":
+        check_length(tuple(wave.shape), n_fft, 'give a longer one, a smaller n_fft, or pad_mode="constant"')
+    num_frames(wave_BN.shape[1], n_fft, hop_length, center)
     bank_FM = mel_filter_bank(sample_rate, n_fft, n_mels, f_min, f_max, norm, mel_scale)
     wide = statistics_dtype(wave_BN.dtype)
     mel_BMT = _mel(
@@ -155,9 +160,9 @@ def log_mel(mel: Float[Tensor, "*B"], floor: float = 1e-10) -> Float[Tensor, "*B
     Raises:
         ValueError: `mel` is not a floating tensor; a floor that is not positive, or 0 in that dtype.
     """
-    _check_tensor("mel", mel)
+    check_tensor("mel", mel)
     if not mel.is_floating_point():
-        raise ValueError(f"mel has dtype {_name(mel.dtype)}: must be floating; give mel_spectrogram's result")
+        raise ValueError(f"mel has dtype {dtype_name(mel.dtype)}: must be floating; give mel_spectrogram's result")
     wide = statistics_dtype(mel.dtype)
     _check_floor(floor, torch.finfo(wide).tiny)
     mel_wide = mel.to(wide)
@@ -165,14 +170,14 @@ def log_mel(mel: Float[Tensor, "*B"], floor: float = 1e-10) -> Float[Tensor, "*B
 
 
 def _check_wave(wave: Any, n_fft: int, power: float) -> None:
-    _check_tensor("wave", wave)
+    check_tensor("wave", wave)
     if wave.ndim not in (1, 2) or 0 in wave.shape:
         raise ValueError(
             f"wave has shape {tuple(wave.shape)}: must be (N,) or (B, N) with at least one sample; give the mono wave"
         )
     if not wave.is_floating_point():
         raise ValueError(
-            f"wave has dtype {_name(wave.dtype)}: must be floating, in [−1, 1]; divide 16-bit samples by 32768.0"
+            f"wave has dtype {dtype_name(wave.dtype)}: must be floating, in [−1, 1]; divide 16-bit samples by 32768.0"
         )
     if torch.compiler.is_compiling():
         return  # its values are not known
@@ -201,21 +206,12 @@ def _check_settings(n_fft: int, hop_length: Any, win_length: Any, power: Any, pa
     check_count("win_length", win_length)
     if win_length > n_fft:
         raise ValueError(f"win_length = {win_length}: must be at most n_fft = {n_fft}; give a larger n_fft")
-    if not (isinstance(power, (int, float)) and math.isfinite(power) and power > 0.0):
+    if not (is_real(power) and math.isfinite(power) and power > 0.0):
         raise ValueError(f"power = {power!r}: must be a positive number; give 2.0 for power, 1.0 for magnitude")
     if pad_mode not in ("reflect", "constant"):
         raise ValueError(f"pad_mode = {pad_mode!r}: must be one of 'reflect', 'constant'; give 'reflect'")
 
 
-def _check_length(N: int, n_fft: int, hop_length: int, center: bool, pad_mode: str) -> None:
-    if center and pad_mode == "reflect" and n_fft // 2 >= N:
-        raise ValueError(
-            f"the wave has {N} samples: must have at least n_fft // 2 + 1 = {n_fft // 2 + 1} to be reflected at "
-            'its ends; give a longer one, a smaller n_fft, or pad_mode="constant"'
-        )
-    num_frames(N, n_fft, hop_length, center)
-
-
 def _check_floor(floor: Any, smallest: float) -> None:
-    if not (isinstance(floor, (int, float)) and smallest <= floor < math.inf):
+    if not (is_real(floor) and smallest <= floor < math.inf):
         raise ValueError(f"floor = {floor!r}: must be from {smallest:.1e} up, and finite; give for example 1e-10")

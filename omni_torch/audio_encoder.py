@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .attention import _attend_fused, attend
-from .layers import RMSNorm, _check_tensor, _name
+from .layers import RMSNorm, check_tensor, dtype_name
 
 __all__ = ["AudioEncoderTiny", "CTCHead"]
 
@@ -60,13 +60,13 @@ class AudioEncoderTiny(nn.Module):
 
         Raises:
             ValueError: a mel of another rank, width or dtype; lengths of another shape, not integers, or outside
-                1 … T.
+                1 … T (inside torch.compile: a clip without frames gives zeros, one with more than T has T).
         """
-        _check_mel(mel_BTM)
+        check_mel(mel_BTM)
         B, T, _ = mel_BTM.shape
         if lengths is not None:
             _check_lengths(lengths, B, T)
-            lengths = lengths.to(mel_BTM.device)
+            lengths = lengths.to(mel_BTM.device).clamp(0, T)
         x_BCTF = mel_BTM.to(self.proj.weight.dtype)[:, None]
         down: Any = self.down
         for layer in down.net if self.downsample_factor == 4 else (*down[0].net, *down[1:]):
@@ -151,23 +151,23 @@ def _cut(x: Tensor, lengths: Tensor | None, axis: int) -> Tensor:
     return x.masked_fill(~_kept(lengths, x.shape[axis]).reshape(shape), 0.0)
 
 
-def _check_mel(mel_BTM: Any) -> None:
-    _check_tensor("mel", mel_BTM)
+def check_mel(mel_BTM: Any) -> None:
+    check_tensor("mel", mel_BTM)
     if mel_BTM.ndim != 3 or 0 in mel_BTM.shape or mel_BTM.shape[2] != _MELS:
         raise ValueError(
             f"mel has shape {tuple(mel_BTM.shape)}: must be (B, T, {_MELS}) with at least one clip and frame; swap the "
             f"last two axes of mel_spectrogram(wave, n_mels={_MELS})"
         )
     if not mel_BTM.is_floating_point():
-        raise ValueError(f"mel has dtype {_name(mel_BTM.dtype)}: must be floating; give mel_spectrogram's result")
+        raise ValueError(f"mel has dtype {dtype_name(mel_BTM.dtype)}: must be floating; give mel_spectrogram's result")
 
 
 def _check_lengths(lengths: Any, B: int, T: int) -> None:
-    _check_tensor("lengths", lengths)
+    check_tensor("lengths", lengths)
     if tuple(lengths.shape) != (B,) or lengths.is_floating_point() or lengths.dtype is torch.bool:
         raise ValueError(
-            f"lengths have shape {tuple(lengths.shape)} and dtype {_name(lengths.dtype)}: must be integers of shape "
-            f"{(B,)}; give each clip's number of frames"
+            f"lengths have shape {tuple(lengths.shape)} and dtype {dtype_name(lengths.dtype)}: must be integers of "
+            f"shape {(B,)}; give each clip's number of frames"
         )
     if torch.compiler.is_compiling():
         return  # the values are not known

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .layers import _check_tensor, _name
+from .layers import check_tensor, dtype_name
 
 __all__ = ["KVCache", "init_cache"]
 
@@ -51,7 +51,7 @@ def init_cache(model: Any, batch_size: int, max_length: int | None = None, windo
     Raises:
         ValueError: batch_size or max_length below 1; a window that is not a bool.
     """
-    _check_window(window)
+    check_window(window)
     slots = model.config.ctx_len if max_length is None else max_length
     for name, value in (("batch_size", batch_size), ("max_length", slots)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -146,7 +146,7 @@ class _LayerCache:
         return seen
 
 
-def _check_window(window: Any) -> None:
+def check_window(window: Any) -> None:
     if not isinstance(window, bool):
         raise ValueError(f"window={window!r} is not allowed: must be True or False; use True for a ring of slots")
 
@@ -170,14 +170,14 @@ def _check_room(cache: KVCache, time: int) -> None:
         )
 
 
-def _check_cache(cache: Any, model: Any, batch: int, time: int, attention_mask: Tensor | None) -> None:
+def check_cache(cache: Any, model: Any, batch: int, time: int, attention_mask: Tensor | None) -> None:
     """That `cache` was made for this model and batch, and that the mask is about the new tokens."""
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache is a {type(cache).__name__}, must be a KVCache; make one with init_cache(model, B)")
     S = cache.kept.shape[-1]
     first, table = cache.k[0] if cache.k else torch.empty(0), model.tok_emb.weight
-    found = (len(cache.k), tuple(first.shape), _name(first.dtype), first.device)
-    wanted = (len(model.blocks), (batch, S, *_heads(model)), _name(table.dtype), table.device)
+    found = (len(cache.k), tuple(first.shape), dtype_name(first.dtype), first.device)
+    wanted = (len(model.blocks), (batch, S, *_heads(model)), dtype_name(table.dtype), table.device)
     if found != wanted or tuple(cache.kept.shape) != (batch, S) or tuple(cache.count.shape) != (batch,):
         raise ValueError(
             f"cache has {found[0]} layers of (B, S, K, d) = {found[1]} in {found[2]} on {found[3]}, this model and "
@@ -186,10 +186,10 @@ def _check_cache(cache: Any, model: Any, batch: int, time: int, attention_mask: 
         )
     if attention_mask is None:
         return
-    _check_tensor("attention_mask", attention_mask)
+    check_tensor("attention_mask", attention_mask)
     if attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != (batch, time):
         raise ValueError(
-            f"attention_mask is {_name(attention_mask.dtype)} of shape {tuple(attention_mask.shape)}: with a cache it "
-            f"must be boolean of shape (B, T) = {(batch, time)}, True for new tokens which are not padding; leave out "
-            "what the cache already knows"
+            f"attention_mask is {dtype_name(attention_mask.dtype)} of shape {tuple(attention_mask.shape)}: with a "
+            f"cache it must be boolean of shape (B, T) = {(batch, time)}, True for new tokens which are not padding; "
+            "leave out what the cache already knows"
         )

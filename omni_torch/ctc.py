@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .layers import _check_tensor, _name, statistics_dtype
+from .layers import check_tensor, dtype_name, statistics_dtype
 
 __all__ = ["ctc_loss"]
 
@@ -50,9 +50,9 @@ def ctc_loss(
     Source: Graves et al., Connectionist temporal classification, ICML 2006.
     """
     for name, x in (("logits", logits_BTV), ("targets", targets_BN)):
-        _check_tensor(name, x)
-    _check_tensor("input_lengths", input_lengths)
-    _check_tensor("target_lengths", target_lengths)
+        check_tensor(name, x)
+    check_tensor("input_lengths", input_lengths)
+    check_tensor("target_lengths", target_lengths)
     _check_shapes(logits_BTV, targets_BN, input_lengths, target_lengths, blank)
     T, V = logits_BTV.shape[1:]
     if not torch.compiler.is_compiling():
@@ -107,7 +107,7 @@ def _shift(x_BS: Tensor, by: int, fill: int | float) -> Tensor:
 def _check_shapes(logits: Any, targets: Any, input_lengths: Any, target_lengths: Any, blank: Any) -> None:
     if logits.ndim != 3 or 0 in logits.shape or not logits.is_floating_point():
         raise ValueError(
-            f"logits have shape {tuple(logits.shape)} and dtype {_name(logits.dtype)}: must be floating of shape "
+            f"logits have shape {tuple(logits.shape)} and dtype {dtype_name(logits.dtype)}: must be floating of shape "
             "(B, T, V); give the output of CTCHead"
         )
     B, _, V = logits.shape
@@ -116,7 +116,7 @@ def _check_shapes(logits: Any, targets: Any, input_lengths: Any, target_lengths:
         right = x.ndim == 2 and x.shape[0] == B if name == "targets" else tuple(x.shape) == (B,)
         if not right or x.is_floating_point() or x.dtype is torch.bool:
             raise ValueError(
-                f"{name} have shape {tuple(x.shape)} and dtype {_name(x.dtype)}: must be integers of shape "
+                f"{name} have shape {tuple(x.shape)} and dtype {dtype_name(x.dtype)}: must be integers of shape "
                 f"{f'({B}, N)' if name == 'targets' else (B,)}; give one {'row' if name == 'targets' else 'number'} "
                 "per clip"
             )

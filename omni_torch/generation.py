@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .cache import KVCache, _check_window, init_cache
+from .cache import KVCache, check_window, init_cache
 from .config import EOS_ID, PAD_ID, ThinkerConfig
-from .layers import TokenEmbedding, _name, check_token_ids, statistics_dtype
+from .layers import TokenEmbedding, check_token_ids, dtype_name, statistics_dtype
 from .sampling import (
     _check_integer,
     _check_penalty,
@@ -100,7 +100,7 @@ def generate(
     senses, counts = senses_of(model, images, mels, len(prompts))
     _check_settings(temperature, top_k, top_p)
     _check_penalty(repetition_penalty)
-    _check_window(window)
+    check_window(window)
     num_samples = _check_integer("num_samples", num_samples, 1, "use 1 for one continuation of each prompt")
     seed = _check_integer("seed", seed, 0, "give a seed from 0 up")
     if seed > _LARGEST_SEED:
@@ -387,8 +387,8 @@ def _read_uniforms(uniforms: Any, rows: int, limit: int) -> Tensor:
         ) from None
     if tuple(uniforms_BN.shape) != (rows, limit) or not uniforms_BN.is_floating_point():
         raise ValueError(
-            f"uniforms have shape {tuple(uniforms_BN.shape)} and dtype {_name(uniforms_BN.dtype)}: must be floating "
-            f"point of shape (rows, max_new_tokens) = {(rows, limit)}; give one number per new token"
+            f"uniforms have shape {tuple(uniforms_BN.shape)} and dtype {dtype_name(uniforms_BN.dtype)}: must be "
+            f"floating point of shape (rows, max_new_tokens) = {(rows, limit)}; give one number per new token"
         )
     _check_uniform_values("uniforms", uniforms_BN)
     return uniforms_BN

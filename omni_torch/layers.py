@@ -43,7 +43,7 @@ def check_token_ids(tokens: Int[Tensor, "*N"], vocab_size: int, name: str = "tok
     """
     ids = torch.as_tensor(tokens)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
-        raise ValueError(f"{name} must hold integers, got {_name(ids.dtype)}; pass token ids")
+        raise ValueError(f"{name} must hold integers, got {dtype_name(ids.dtype)}; pass token ids")
     wide = ids.long()  # vocab_size may not fit into a narrower dtype; a uint64 that does not fit here is negative
     bad = (wide < 0) | (wide >= vocab_size)
     if bool(bad.any()):
@@ -55,11 +55,11 @@ def check_token_ids(tokens: Int[Tensor, "*N"], vocab_size: int, name: str = "tok
         )
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_tensor(name: str, x: Any) -> None:
+def check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}, must be a tensor; pass torch.as_tensor({name})")
 
@@ -88,7 +88,7 @@ class TokenEmbedding(nn.Embedding):
         Raises:
             TokenIdError, ValueError: an id out of range; ids that are not integers.
         """
-        _check_tensor("tokens", tokens)
+        check_tensor("tokens", tokens)
         # Inside torch.compile the values are not known; F.embedding's own bounds check remains.
         if self._checks and not torch.compiler.is_compiling():
             check_token_ids(tokens, self.num_embeddings)

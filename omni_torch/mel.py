@@ -85,7 +85,7 @@ def mel_filter_bank(
     _one_of("norm", norm, (None, "slaney"))
     _one_of("mel_scale", mel_scale, ("htk", "slaney"))
     top = sample_rate / 2.0 if f_max is None else f_max
-    if not (isinstance(f_min, numbers.Real) and isinstance(top, numbers.Real) and 0.0 <= f_min < top):
+    if not (is_real(f_min) and is_real(top) and 0.0 <= f_min < top):
         raise ValueError(f"f_min = {f_min!r} and f_max = {f_max!r}: must be 0 ≤ f_min < f_max; give both in Hz")
     if top > sample_rate / 2.0:
         raise ValueError(
@@ -230,6 +230,11 @@ def plot_mel(
     return figure
 
 
+def is_real(value: Any) -> bool:
+    """Whether it is a real number of Python's or numpy's, True and False excepted."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: Any) -> None:
     """Refuse what is not an integer from 1 up; `name` is what the message calls it.
 
@@ -238,6 +243,26 @@ def check_count(name: str, value: Any) -> None:
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} = {value!r}: must be an integer from 1 up; give for example {name}={_EXAMPLES[name]}")
+
+
+def check_length(shape: tuple[int, ...], n_fft: int, fix: str) -> None:
+    """Refuse waves of `shape`, (N,) or (B, N), that are too short to be reflected at their ends; `fix` says what helps.
+
+    Raises:
+        ValueError: N is from 1 to n_fft // 2.
+    """
+    least = n_fft // 2 + 1
+    if len(shape) not in (1, 2) or 0 in shape or shape[-1] >= least:
+        return
+    if len(shape) == 2 and shape[0] >= least:
+        raise ValueError(
+            f"wave has shape {shape}, that is {shape[0]} waves of {shape[1]} samples: must be (N,) or (B, N); of one "
+            "wave with its channels last give the mean over them, or swap its axes"
+        )
+    raise ValueError(
+        f"the wave has {shape[-1]} samples: must have at least n_fft // 2 + 1 = {least} to be reflected at its ends; "
+        f"{fix}"
+    )
 
 
 _EXAMPLES = {

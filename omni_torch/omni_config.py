@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .config import _LARGEST_INT, _TRAINING_KEYS, ThinkerConfig, _invalid, _read_json, _short, _typed
+from .config import LARGEST_INT, TRAINING_KEYS, ThinkerConfig, invalid_value, read_json, shortened, typed_value
 
 __all__ = ["AudioConfig", "VisionConfig", "OmniConfig"]
 
@@ -51,9 +51,9 @@ class AudioConfig:
     def __post_init__(self) -> None:
         _check_encoder(self)
         if self.downsample_factor not in (4, 8):
-            raise _invalid("downsample_factor", self.downsample_factor, "4 or 8", "4 gives 25 vectors a second")
+            raise invalid_value("downsample_factor", self.downsample_factor, "4 or 8", "4 gives 25 vectors a second")
         if self.win_length > self.n_fft:
-            raise _invalid("win_length", self.win_length, f"at most n_fft={self.n_fft}", "give a larger n_fft")
+            raise invalid_value("win_length", self.win_length, f"at most n_fft={self.n_fft}", "give a larger n_fft")
 
     def num_vectors(self, frames: int) -> int:
         """How many vectors the encoder makes of so many mel frames: halved and rounded up, twice or three times."""
@@ -82,7 +82,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _check_encoder(self)
         if self.img_size % self.patch:
-            raise _invalid("patch", self.patch, f"a divisor of img_size={self.img_size}", "change one of them")
+            raise invalid_value("patch", self.patch, f"a divisor of img_size={self.img_size}", "change one of them")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class OmniConfig:
         for name, kind in (("thinker", ThinkerConfig), ("audio", AudioConfig), ("vision", VisionConfig)):
             value = getattr(self, name)
             if not isinstance(value, kind) and (value is not None or name == "thinker"):
-                raise _invalid(name, value, f"a {kind.__name__}", "OmniConfig.from_dict makes one of plain values")
+                raise invalid_value(name, value, f"a {kind.__name__}", "OmniConfig.from_dict makes one of plain values")
 
     @classmethod
     def from_json(cls, path: str | Path) -> OmniConfig:
@@ -110,7 +110,7 @@ class OmniConfig:
         Raises:
             ValueError: as ThinkerConfig.from_json, and as `from_dict`.
         """
-        return _omni(_read_json(path), f"config file {path}")
+        return _omni(read_json(path), f"config file {path}")
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> OmniConfig:
@@ -159,12 +159,14 @@ def _section(
             "where the model has no such encoder"
         )
     known = {field.name: field.name for field in fields(kind)} | synonyms
-    passed = {*ignored, *_TRAINING_KEYS}
+    passed = {*ignored, *TRAINING_KEYS}
     values: dict[str, Any] = {}
     for key, value in section.items():
         if key == "mel_bins" and name == "audio":
             if value != _MELS:
-                raise ValueError(f"{origin}: audio.mel_bins={_short(value)} is not allowed: must be {_MELS}; change it")
+                raise ValueError(
+                    f"{origin}: audio.mel_bins={shortened(value)} is not allowed: must be {_MELS}; change it"
+                )
         elif key in known:
             if known[key] in values:
                 raise ValueError(
@@ -186,11 +188,11 @@ def _section(
 
 def _check_encoder(config: AudioConfig | VisionConfig) -> None:
     for field in fields(config):
-        value = _typed(field.name, str(field.type), getattr(config, field.name))
+        value = typed_value(field.name, str(field.type), getattr(config, field.name))
         object.__setattr__(config, field.name, value)
-        if field.type == "int" and not 1 <= value <= _LARGEST_INT:
-            raise _invalid(field.name, value, f"1 to {_LARGEST_INT}", f"set {field.name} within these bounds")
+        if field.type == "int" and not 1 <= value <= LARGEST_INT:
+            raise invalid_value(field.name, value, f"1 to {LARGEST_INT}", f"set {field.name} within these bounds")
     if not 0.0 <= config.dropout < 1.0:
-        raise _invalid("dropout", config.dropout, "in [0, 1)", "use 0.0 for no dropout")
+        raise invalid_value("dropout", config.dropout, "in [0, 1)", "use 0.0 for no dropout")
     if config.d % config.heads:
-        raise _invalid("heads", config.heads, f"a divisor of d={config.d}", "change d or heads so that it divides")
+        raise invalid_value("heads", config.heads, f"a divisor of d={config.d}", "change d or heads so that it divides")

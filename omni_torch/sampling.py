@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .layers import _check_tensor, _name, statistics_dtype
+from .layers import check_tensor, dtype_name, statistics_dtype
 
 __all__ = ["apply_repetition_penalty", "truncated_probabilities", "sample"]
 
@@ -38,10 +38,10 @@ def apply_repetition_penalty(
     """
     logits_BV = _check_rows("logits_BV", logits_BV)
     _check_penalty(repetition_penalty)
-    _check_tensor("seen_BV", seen_BV)
+    check_tensor("seen_BV", seen_BV)
     if seen_BV.dtype != torch.bool or seen_BV.shape != logits_BV.shape:
         raise ValueError(
-            f"seen_BV has shape {tuple(seen_BV.shape)} and dtype {_name(seen_BV.dtype)}: must be boolean, of the "
+            f"seen_BV has shape {tuple(seen_BV.shape)} and dtype {dtype_name(seen_BV.dtype)}: must be boolean, of the "
             f"logits' shape {tuple(logits_BV.shape)}; mark every id that the text holds"
         )
     return _penalise(logits_BV, seen_BV, repetition_penalty)
@@ -83,11 +83,11 @@ def sample(p_BV: Float[Tensor, "B V"], uniforms_B: Float[Tensor, " B"]) -> Int[T
     Source: Devroye, Non-Uniform Random Variate Generation (1986), section III.2.
     """
     p_BV = _check_rows("p_BV", p_BV)
-    _check_tensor("uniforms_B", uniforms_B)
+    check_tensor("uniforms_B", uniforms_B)
     if tuple(uniforms_B.shape) != tuple(p_BV.shape[:1]) or not uniforms_B.is_floating_point():
         raise ValueError(
-            f"uniforms_B have shape {tuple(uniforms_B.shape)} and dtype {_name(uniforms_B.dtype)}: must be floating "
-            f"point of shape {(p_BV.shape[0],)}; give one number per row of p"
+            f"uniforms_B have shape {tuple(uniforms_B.shape)} and dtype {dtype_name(uniforms_B.dtype)}: must be "
+            f"floating point of shape {(p_BV.shape[0],)}; give one number per row of p"
         )
     _check_probability_values(p_BV)
     _check_uniform_values("uniforms_B", uniforms_B)
@@ -188,11 +188,11 @@ def _check_integer(name: str, value: Any, least: int, fix: str) -> int:
 
 def _check_rows(name: str, x: Tensor) -> Tensor:
     """x in the dtype that sampling computes in."""
-    _check_tensor(name, x)
+    check_tensor(name, x)
     if x.ndim != 2 or 0 in x.shape or not x.is_floating_point():
         raise ValueError(
-            f"{name} have shape {tuple(x.shape)} and dtype {_name(x.dtype)}: must be floating point of shape (B, V) "
-            f"with at least one entry on each axis; pass one row per text, for example {name}[None]"
+            f"{name} have shape {tuple(x.shape)} and dtype {dtype_name(x.dtype)}: must be floating point of shape (B, "
+            f"V) with at least one entry on each axis; pass one row per text, for example {name}[None]"
         )
     return x.to(statistics_dtype(x.dtype))
 

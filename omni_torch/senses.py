@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import _name
+from .layers import dtype_name
 
 __all__ = ["read_senses", "senses_of"]
 
@@ -22,7 +22,7 @@ def read_senses(model: Any, image: _Path | None, audio: _Path | None) -> dict[st
     """A picture's and a sound file's content as generate's `images` and `mels`, as the model's config asks for them.
 
     Raises:
-        ValueError: a file that cannot be read; a model that cannot see, or hear.
+        ValueError: a file that cannot be read; a model that cannot see, or hear; a clip that is too long for it.
     """
     from .audio import load_audio
     from .vision import load_image
@@ -37,11 +37,13 @@ def read_senses(model: Any, image: _Path | None, audio: _Path | None) -> dict[st
     if image is not None:
         made["images"] = [load_image(image, size=model.config.vision.img_size)]
     if audio is not None:
+        name = f"sound file {os.fspath(audio)!r}"
         try:
-            made["mels"] = [model.features(load_audio(audio, model.config.audio.sample_rate))]
+            mel = model.features(load_audio(audio, model.config.audio.sample_rate))
         except ValueError as bad:
-            named = str(bad) if os.fspath(audio) in str(bad) else f"sound file {os.fspath(audio)!r}: {bad}"
-            raise ValueError(named) from None
+            raise ValueError(str(bad) if os.fspath(audio) in str(bad) else f"{name}: {bad}") from None
+        _check_clip(name, tuple(mel.shape), model.config)
+        made["mels"] = [mel]
     return made
 
 
@@ -65,7 +67,7 @@ def senses_of(model: Any, images: Any, mels: Any, prompts: int) -> tuple[dict[st
     if not senses:
         return None, [0] * prompts
     checked = dict.fromkeys(("images", "mel", "mel_lengths", "has_image", "has_audio")) | senses
-    model._checked(prompts, **checked)
+    model.check_senses(prompts, **checked)
     lengths = [0 if clip is None else model.config.audio.num_vectors(len(clip)) for clip in clips]
     return senses, [(picture is not None) + length for picture, length in zip(pictures, lengths, strict=True)]
 
@@ -92,12 +94,13 @@ def _check_sense(model: Any, name: str, section: str) -> None:
 
 def _stacked(name: str, has: str, values: list[Any]) -> dict[str, Any]:
     """Arrays of one shape as a batch, 0 where there is none."""
-    given = {i: _as_tensor(f"{name}[{i}]", value) for i, value in enumerate(values) if value is not None}
+    given = _given(name, values)
     shapes = sorted({tuple(value.shape) for value in given.values()})
-    if len(shapes) > 1 or len(shapes[0]) != 3:
+    if len(shapes) > 1 or len(shapes[0]) != 3 or shapes[0][0] != 3:
+        last = all(len(shape) == 3 and shape[2] == 3 for shape in shapes)
+        fix = "permute(2, 0, 1) moves the colours to the front" if last else "give load_image(path, size=224)'s"
         raise ValueError(
-            f"{name} have the shapes {', '.join(map(str, shapes))}: must be (3, H, W), the same for all; give "
-            "load_image(path, size=224)'s"
+            f"{name} have the shapes {', '.join(map(str, shapes))}: must be (3, H, W), the same for all; {fix}"
         )
     empty = torch.zeros_like(next(iter(given.values())))
     batch = torch.stack([given.get(i, empty) for i in range(len(values))])
@@ -106,7 +109,7 @@ def _stacked(name: str, has: str, values: list[Any]) -> dict[str, Any]:
 
 def _padded(model: Any, clips: list[Any]) -> dict[str, Any]:
     """Clips of any length as a batch."""
-    given = {i: _as_tensor(f"mels[{i}]", clip) for i, clip in enumerate(clips) if clip is not None}
+    given = _given("mels", clips)
     for i, clip in given.items():
         _check_clip(f"mels[{i}]", tuple(clip.shape), model.config)
     first = next(iter(given.values()))
@@ -117,13 +120,25 @@ def _padded(model: Any, clips: list[Any]) -> dict[str, Any]:
     return {"mel": batch, "mel_lengths": lengths, "has_audio": lengths > 0}
 
 
+def _given(name: str, values: list[Any]) -> dict[int, Tensor]:
+    """Those that are not None, by their place: of one dtype, so that none is rounded to another's."""
+    given = {i: _as_tensor(f"{name}[{i}]", value) for i, value in enumerate(values) if value is not None}
+    dtypes = sorted({str(dtype_name(value.dtype)) for value in given.values()})
+    if len(dtypes) > 1:
+        raise ValueError(f"{name} have the dtypes {', '.join(dtypes)}: must be one for all; cast them to float32")
+    return given
+
+
 def _as_tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, str | os.PathLike):
+        fix = "load_image(path)" if name.startswith("images") else "model.features(load_audio(path))"
+        raise ValueError(f"{name} = {os.fspath(value)!r} is a path: must be an array; give {fix}")
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} is a {type(value).__name__} that is no array of numbers; pass a tensor") from None
     if not tensor.is_floating_point():
-        raise ValueError(f"{name} has dtype {_name(tensor.dtype)}: must be floating point; divide levels by 255")
+        raise ValueError(f"{name} has dtype {dtype_name(tensor.dtype)}: must be floating point; divide levels by 255")
     return tensor
 
 

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .attention import CausalSelfAttention, default_positions, make_attention_mask
-from .cache import KVCache, _CachedCall, _check_cache
+from .cache import KVCache, _CachedCall, check_cache
 from .config import ThinkerConfig
-from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, _check_tensor, _name, rope_frequencies
+from .layers import GELUMLP, MoE, RMSNorm, SwiGLU, TokenEmbedding, check_tensor, dtype_name, rope_frequencies
 
 __all__ = ["Block", "ThinkerLM", "num_parameters"]
 
@@ -175,7 +175,7 @@ class ThinkerLM(nn.Module):
         x_BTD = self._embed(tokens, embeddings)
         B, T, _ = x_BTD.shape
         if cache is not None:
-            _check_cache(cache, self, B, T, attention_mask)
+            check_cache(cache, self, B, T, attention_mask)
             call = _CachedCall(cache, T, attention_mask)
             mask_BTS, layers = call.mask(), call.layers
             # A mask costs a CPU's kernels more than one look here, for which other devices would have to be waited for;
@@ -214,7 +214,7 @@ class ThinkerLM(nn.Module):
         _check_rank("embeddings", embeddings, "(B, T, D)")
         if embeddings.shape[-1] != self.config.d_model or not embeddings.is_floating_point():
             raise ValueError(
-                f"embeddings have shape {tuple(embeddings.shape)} and dtype {_name(embeddings.dtype)}: must be "
+                f"embeddings have shape {tuple(embeddings.shape)} and dtype {dtype_name(embeddings.dtype)}: must be "
                 f"floating point with last axis d_model={self.config.d_model}; project them to d_model first"
             )
         return embeddings.to(self.tok_emb.weight.dtype)
@@ -229,12 +229,12 @@ class ThinkerLM(nn.Module):
                     "positions= to go beyond what the model was trained for"
                 )
             return default_positions(T, attention_mask, device=device)
-        _check_tensor("positions", positions)
+        check_tensor("positions", positions)
         integers = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
         if tuple(positions.shape) not in ((T,), (1, T), (B, T)) or not integers:
             raise ValueError(
-                f"positions have shape {tuple(positions.shape)} and dtype {_name(positions.dtype)}: must be integers "
-                f"of shape {(T,)} or {(B, T)}; give one position per token"
+                f"positions have shape {tuple(positions.shape)} and dtype {dtype_name(positions.dtype)}: must be "
+                f"integers of shape {(T,)} or {(B, T)}; give one position per token"
             )
         return positions if positions.ndim == 2 else positions[None]
 
@@ -245,7 +245,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def _check_rank(name: str, x: Tensor, shape: str) -> None:
-    _check_tensor(name, x)
+    check_tensor(name, x)
     if x.ndim != shape.count(",") + 1 or 0 in x.shape:
         raise ValueError(
             f"{name} have shape {tuple(x.shape)}: must be {shape} with at least one entry on each axis; "

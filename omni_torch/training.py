@@ -222,7 +222,7 @@ class Trainer:
             self.folder.check_free()
         self._started = resume
         self._device = torch.device("cuda") if torch.cuda.is_available() else torch.get_default_device()
-        with _random_state(self._device, train_config.seed):
+        with random_state(self._device, train_config.seed):
             self._model = ThinkerLM.from_config(config).to(self._device)
         params = dict(self._model.named_parameters())
         self.state = TrainState(params, [init_adamw_state(p) for p in params.values()], 0, math.inf)
@@ -295,7 +295,7 @@ class Trainer:
                 tokens_BT = torch.from_numpy(tokens_BT).to(self._device)
                 nats.append(_nats(self._model, self.state.params, tokens_BT, amp=False)[0].item())
         # Summed in float64: float32 would lose digits over many batches.
-        return _shortest(math.fsum(nats) / counts)
+        return shortest_float(math.fsum(nats) / counts)
 
     def _update(self) -> dict[str, Any]:
         """One step; loss, lr, grad_norm and tokens of it."""
@@ -305,18 +305,23 @@ class Trainer:
 
         def nats_of(params: Any, batch: tuple[int, Int[np.ndarray, "B T"]]) -> tuple[Tensor, Tensor]:
             micro, tokens_BT = batch
-            with _random_state(self._device, train.seed, _DROPOUT, state.step, micro):
+            with random_state(self._device, train.seed, _DROPOUT, state.step, micro):
                 return _nats(self._model, params, torch.from_numpy(tokens_BT).to(self._device), amp=train.use_amp)
 
         mean, gradients, _ = accumulated_gradients(nats_of, state.params, enumerate(tokens_ABT))
         params: list[Tensor] = list(state.params.values())
         grads, loss, tokens = list(gradients.values()), mean.item(), counted(tokens_ABT)
         grad_norm = clip_grad_norm_(grads, train.max_grad_norm).item()
-        _must_be_finite(state.step, loss, grad_norm)
+        must_be_finite(state.step, loss, grad_norm)
         lr = train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps)
         adamw_step_many_(params, grads, state.optimizer, lr, BETAS, EPS, train.wd)
         state.step += 1
-        return {"loss": _shortest(loss), "lr": _shortest(lr), "grad_norm": _shortest(grad_norm), "tokens": tokens}
+        return {
+            "loss": shortest_float(loss),
+            "lr": shortest_float(lr),
+            "grad_norm": shortest_float(grad_norm),
+            "tokens": tokens,
+        }
 
     def _batch(self) -> Int[np.ndarray, "A B T"]:
         """The micro-batches of the next update."""
@@ -475,12 +480,12 @@ def _checked_ids(name: str, ids: Any, config: ThinkerConfig) -> Int[np.ndarray, 
     return array.astype(np.int32)
 
 
-def _shortest(x: float) -> float:
+def shortest_float(x: float) -> float:
     """A float32 as the shortest decimal that is still it: 0.0003, not 0.0003000000142492354."""
     return float(str(np.float32(x)))
 
 
-def _must_be_finite(step: int, loss: float, grad_norm: float) -> None:
+def must_be_finite(step: int, loss: float, grad_norm: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NumericalError(
             f"update {step + 1}: the loss is {loss} and the gradients' norm {grad_norm}, both must be finite; nothing "
@@ -490,7 +495,7 @@ def _must_be_finite(step: int, loss: float, grad_norm: float) -> None:
 
 
 @contextlib.contextmanager
-def _random_state(device: torch.device, *words: int) -> Iterator[None]:
+def random_state(device: torch.device, *words: int) -> Iterator[None]:
     """torch's generators seeded from `words` alone; as they were again afterwards."""
     seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

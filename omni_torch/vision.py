@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor
 
 from .image_file import read_image, resize_pixels
-from .layers import _check_tensor, _name, statistics_dtype
+from .layers import check_tensor, dtype_name, statistics_dtype
 
 __all__ = ["load_image", "resize", "patchify", "unpatchify", "resize_positions"]
 
@@ -51,11 +51,13 @@ def resize(image: UInt8[Tensor, "3 H W"], size: int | tuple[int, int]) -> UInt8[
     Raises:
         ValueError: an image of another shape or dtype (Pillow resizes levels of 0 to 255), or a size that cannot be.
     """
-    _check_tensor("image", image)
+    check_tensor("image", image)
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        last = image.ndim == 3 and image.shape[2] == 3 and image.shape[0] != 3
+        fix = "pass image.permute(2, 0, 1)" if last else "pass for example (255 * image).round() as uint8"
         raise ValueError(
-            f"image has shape {tuple(image.shape)} and dtype {_name(image.dtype)}: must be uint8 (levels of 0 to 255) "
-            "of shape (3, H, W); pass for example (255 * image).round() as uint8"
+            f"image has shape {tuple(image.shape)} and dtype {dtype_name(image.dtype)}: must be uint8 (levels of 0 to "
+            f"255) of shape (3, H, W); {fix}"
         )
     resized = resize_pixels(image.permute(1, 2, 0).cpu().numpy(), size)
     return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1))).to(image.device)
@@ -71,7 +73,7 @@ def patchify(images_B3HW: Shaped[Tensor, "B 3 H W"], patch: int) -> Shaped[Tenso
 
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929.
     """
-    _check_images(images_B3HW, patch)
+    check_images(images_B3HW, patch)
     B, _, H, W = images_B3HW.shape
     split = images_B3HW.reshape(B, 3, H // patch, patch, W // patch, patch)
     return split.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * 3)
@@ -83,7 +85,7 @@ def unpatchify(patches: Shaped[Tensor, "B N F"], patch: int, height: int, width:
     Raises:
         ValueError: sides that P does not divide, or patches of another shape than those of such images.
     """
-    _check_tensor("patches", patches)
+    check_tensor("patches", patches)
     _check_sides(patch, height, width)
     rows, columns = height // patch, width // patch
     if patches.ndim != 3 or tuple(patches.shape[1:]) != (rows * columns, patch * patch * 3):
@@ -110,10 +112,12 @@ def resize_positions(
 
     Source: Keys, Cubic Convolution Interpolation for Digital Image Processing, IEEE ASSP 29(6), 1981.
     """
-    _check_tensor("pos", pos)
+    check_tensor("pos", pos)
     _check_grids(tuple(pos.shape), grid, new_grid)
     if not pos.is_floating_point():
-        raise ValueError(f"pos has dtype {_name(pos.dtype)}: must be floating; give the table that a ViT has learnt")
+        raise ValueError(
+            f"pos has dtype {dtype_name(pos.dtype)}: must be floating; give the table that a ViT has learnt"
+        )
     if tuple(grid) == tuple(new_grid):
         return pos
     wide = statistics_dtype(pos.dtype)
@@ -138,13 +142,13 @@ def _cubic(old: int, new: int) -> Float[Tensor, "new old"]:
     return weights
 
 
-def _check_images(images: Any, patch: int) -> None:
-    _check_tensor("images", images)
+def check_images(images: Any, patch: int) -> None:
+    check_tensor("images", images)
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(
-            f"images have shape {tuple(images.shape)}: must be (B, 3, H, W), red, green and blue; add the missing "
-            "axis, for example images[None], or move the colours to the front"
-        )
+        fix = "add the missing axis, for example images[None], or move the colours to the front"
+        if images.ndim == 4 and images.shape[3] == 3:
+            fix = "the colours are last: pass images.permute(0, 3, 1, 2)"
+        raise ValueError(f"images have shape {tuple(images.shape)}: must be (B, 3, H, W), red, green and blue; {fix}")
     _check_sides(patch, *images.shape[2:])
 
 

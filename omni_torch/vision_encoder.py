@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .attention import _attend_fused, attend
-from .layers import RMSNorm, _name
-from .vision import _check_images, resize_positions
+from .layers import RMSNorm, dtype_name
+from .vision import check_images, resize_positions
 
 __all__ = ["ViTTiny"]
 
@@ -117,10 +117,11 @@ class ViTTiny(nn.Module):
             ValueError: images of another shape, not floating (levels of 0 … 255 must be divided by 255 first), or of
                 sides that patch does not divide.
         """
-        _check_images(images_B3HW, self.patch)
+        check_images(images_B3HW, self.patch)
         if not images_B3HW.is_floating_point():
             raise ValueError(
-                f"images have dtype {_name(images_B3HW.dtype)}: must be floating point, in [0, 1]; pass images / 255"
+                f"images have dtype {dtype_name(images_B3HW.dtype)}: must be floating point, in [0, 1]; "
+                "pass images / 255"
             )
         patches_BDhw = self.proj(images_B3HW.to(self.proj.weight.dtype))
         pos = resize_positions(self.pos, self.grid, tuple(patches_BDhw.shape[2:]))

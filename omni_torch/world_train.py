@@ -27,7 +27,7 @@ from .progress import TrainingProgress
 from .run_folder import RunFolder, fingerprint_of, write_json
 from .tokenizer import BPETokenizer
 from .train_config import TrainConfig
-from .training import TrainState, _must_be_finite, _random_state, _shortest, accumulated_gradients
+from .training import TrainState, accumulated_gradients, must_be_finite, random_state, shortest_float
 from .training_format import BETAS, EPS, optimizer_dict, saved_moments, scheduler_dict
 from .training_utils import NumericalError
 from .world_batch import (
@@ -148,7 +148,7 @@ class _Run:
         if resume:
             self.folder.check_same(self._settings, self._fingerprint)
         self._device = torch.device("cuda") if torch.cuda.is_available() else torch.get_default_device()
-        with _random_state(self._device, train_config.seed):
+        with random_state(self._device, train_config.seed):
             self.model = _fresh(self.config, train_config.seed).to(self._device)
         params = dict(self.model.named_parameters())
         self.state = TrainState(params, [init_adamw_state(p) for p in params.values()], 0, math.inf)
@@ -217,12 +217,17 @@ class _Run:
         mean, gradients, count = accumulated_gradients(nats_of, state.params, rows)
         grads, loss = list(gradients.values()), mean.item()
         grad_norm = clip_grad_norm_(grads, train.max_grad_norm).item()
-        _must_be_finite(state.step, loss, grad_norm)
+        must_be_finite(state.step, loss, grad_norm)
         lr = train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps)
         params: list[Tensor] = list(state.params.values())
         adamw_step_many_(params, grads, state.optimizer, lr, BETAS, EPS, train.wd)
         state.step += 1
-        return {"loss": _shortest(loss), "lr": _shortest(lr), "grad_norm": _shortest(grad_norm), "tokens": int(count)}
+        return {
+            "loss": shortest_float(loss),
+            "lr": shortest_float(lr),
+            "grad_norm": shortest_float(grad_norm),
+            "tokens": int(count),
+        }
 
     def _save(self) -> None:
         state, train = self.state, self.train_config

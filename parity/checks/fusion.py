@@ -5,6 +5,7 @@ Shapes: B batch, N fused length, D model.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ __all__ = ["BLIND", "CASES", "CLAIM", "CONTROLS", "REFUSED", "Case", "by_hand", 
 CLAIM = (
     "Both fuse and fuse_chunks put the same vectors, mask and targets at the same places, where a program of plain "
     "loops puts them: image, audio, text, in this order, for rows that lack a modality (what stands there, NaN too, "
-    "is never read), with PAD as the target of all that is not text; they cut by the same policy to the same lengths, "
-    "and refuse the same things in the same words."
+    "is never read), with PAD as the target of all that is not text; they cut each row by the same policy to the "
+    "lengths that it would have alone, and refuse the same things in the same words."
 )
 BLIND = (
     "Lengths beyond {most}; gradients (the omni check looks at them); whether the loss ignores PAD (the data check "
@@ -38,6 +39,7 @@ CONTROLS = {
     "text cut from its beginning": "the end of the text is kept, not its beginning",
     "audio never cut": "the family's quarter of the context is not held",
     "one more of text": "the family's free place at the end is given to the text",
+    "cut by the batch": "what a row keeps is counted by the lengths of its batch, not by its own",
     "chunks of all": "every modality is cut into chunks, not the longest alone",
 }
 PAD, B, D = 0, 3, 2
@@ -72,6 +74,8 @@ CASES = (
     Case((2, 6, 4), ("vector", "vector", "row")),
     Case((1, 7, 9), ("", "vector", "vector"), ctx_len=12),
     Case((1, 2, 9), ("row", "row", ""), ctx_len=12),
+    Case((1, 9, 8), ("row", "row", "vector"), ctx_len=9),
+    Case((0, 9, 8), ("", "vector", ""), ctx_len=10, policy="longest"),
     Case((1, 7, 3), ctx_len=3),
     Case((0, 7, 0), targets=False, ctx_len=8),
     Case((0, 0, 9), ("", "", "vector"), ctx_len=6),
@@ -110,58 +114,76 @@ def inputs(case: Case, seed: int) -> dict[str, np.ndarray]:
     return given
 
 
+def _chosen(count: Mapping[str, int], case: Case, wrong: str) -> list[dict[str, range]]:
+    """Which of its vectors, counted from 0, a row keeps that has so many of each: once, or once for each chunk."""
+    count = {name: n for name, n in count.items() if n}
+    kept = dict(count)
+    if case.ctx_len is None or not count:
+        return [{name: range(n) for name, n in count.items()}]
+    if case.chunks:
+        longest = max(count, key=lambda name: count[name])
+        room = case.ctx_len - sum(n for name, n in count.items() if name != longest)
+        spans = []
+        for start in range(0, count[longest], room):
+            every = {name: range(n)[start : start + room] for name, n in count.items()}
+            whole = {name: range(n) for name, n in count.items()}
+            spans.append(every if wrong == "chunks of all" else whole | {longest: every[longest]})
+        return spans
+    if case.policy == "longest":
+        while sum(kept.values()) > case.ctx_len:
+            kept[max(kept, key=lambda name: kept[name])] -= 1
+    elif case.policy == "family":
+        if "audio" in kept and wrong != "audio never cut":
+            kept["audio"] = min(kept["audio"], max(case.ctx_len // 4, 1))
+        if "text" in kept:
+            others = sum(kept.values()) - kept["text"]
+            free = 0 if wrong == "one more of text" or not others else 1
+            kept["text"] = min(kept["text"], max(case.ctx_len - others - free, 1))
+    span = {name: range(n) for name, n in kept.items()}
+    if wrong == "text cut from its beginning" and "text" in kept:
+        span["text"] = range(count["text"] - kept["text"], count["text"])
+    return [span]
+
+
 def by_hand(case: Case, given: Mapping[str, np.ndarray], wrong: str = "") -> dict[str, np.ndarray]:
     """What `fuse` must give, by plain loops; `wrong` names a control, whose mistake is made."""
     length = {name: n for name, n in zip(NAMES, case.lengths) if n}
     order = list(length)[::-1] if wrong == "text first" else list(length)
-    spans = [{name: range(n) for name, n in length.items()}]
-    if case.chunks:
-        assert case.ctx_len is not None
-        longest = max(length, key=lambda name: length[name])
-        room = case.ctx_len - sum(n for name, n in length.items() if name != longest)
-        spans = []
-        for start in range(0, length[longest], room):
-            chunk = range(start, min(start + room, length[longest]))
-            every = {name: range(n)[start : start + room] for name, n in length.items()}
-            spans.append(
-                every if wrong == "chunks of all" else {n: range(length[n]) for n in length} | {longest: chunk}
-            )
-    elif case.ctx_len is not None:
-        kept = dict(length)
-        if case.policy == "longest":
-            while sum(kept.values()) > case.ctx_len:
-                kept[max(kept, key=lambda name: kept[name])] -= 1
-        elif case.policy == "family":
-            if "audio" in kept and wrong != "audio never cut":
-                kept["audio"] = min(kept["audio"], max(case.ctx_len // 4, 1))
-            if "text" in kept:
-                others = sum(kept.values()) - kept["text"]
-                free = 0 if wrong == "one more of text" or not others else 1
-                kept["text"] = min(kept["text"], max(case.ctx_len - others - free, 1))
-        spans = [{name: range(n) for name, n in kept.items()}]
-        if wrong == "text cut from its beginning" and "text" in kept:
-            spans[0]["text"] = range(length["text"] - kept["text"], length["text"])
+    places = [(name, at) for name in order for at in range(length[name])]
+    # As wide as the row that could keep most: one of any number of what is masked, and of all of the rest.
+    could = [range(n + 1) if f"{name}_mask" in given else [n] for name, n in length.items()]
+    widths: list[int] = []
+    for counts in itertools.product(*could):
+        for i, span in enumerate(_chosen(dict(zip(length, counts)), case, wrong)):
+            widths += [0] * (i + 1 - len(widths))
+            widths[i] = max(widths[i], sum(map(len, span.values())))
     found: dict[str, np.ndarray] = {}
-    for i, span in enumerate(spans):
+    for i, width in enumerate(widths):
+        width = width if case.ctx_len is not None else len(places)
         vectors, masks, targets = [], [], []
         for row in range(B):
-            places = [(name, at) for name in order for at in span[name]]
-            kept_here = []
-            for name, at in places:
-                mask = given.get(f"{name}_mask")
-                kept_here.append(True if mask is None else bool(mask[row] if mask.ndim == 1 else mask[row, at]))
+            own = {}
+            for name, n in length.items():
+                mask = given.get(f"{name}_mask", np.ones(B, bool))[row]
+                own[name] = [at for at in range(n) if (mask if mask.ndim == 0 else mask[at])]
+            counts = length if wrong == "cut by the batch" else {name: len(ats) for name, ats in own.items()}
+            spans = _chosen(counts, case, wrong)
+            span = spans[i] if i < len(spans) else {}
+            if wrong == "cut by the batch":
+                kept = {(name, at) for name, ats in own.items() for at in ats if at in span.get(name, ())}
+            else:
+                kept = {(name, own[name][k]) for name, ks in span.items() for k in ks}
+            empty = [place for place in places if place not in kept]
+            here = [place for place in places if place not in empty[: len(places) - width]][:width]
             zero = wrong != "masked vectors kept"
             vectors.append(
-                [
-                    given[name][row, at] if kept or not zero else np.zeros(D, np.float32)
-                    for (name, at), kept in zip(places, kept_here)
-                ]
+                [given[n][row, at] if (n, at) in kept or not zero else np.zeros(D, np.float32) for n, at in here]
             )
-            masks.append([True] * len(places) if wrong == "mask forgotten" else kept_here)
+            masks.append([True] * len(here) if wrong == "mask forgotten" else [place in kept for place in here])
             if case.targets:
                 late = 1 if wrong == "targets one late" else 0
                 pad = PAD + 1 if wrong == "targets for all" else PAD
-                line = [given["targets"][row, at] if name == "text" else pad for name, at in places]
+                line = [given["targets"][row, at] if n == "text" and (n, at) in kept else pad for n, at in here]
                 targets.append([pad] * late + line[: len(line) - late])
         label = f"{case}{f': chunk {i}' if case.chunks else ''}"
         found[f"{label}: embeddings"] = np.array(vectors, np.float32)
@@ -241,13 +263,7 @@ def rows_of(
         sides = {"jax": jax, "torch": torch, "the truth": truth}
         faults = [f"{side} has none" for side, found in sides.items() if name not in found]
         if not faults:
-            right = truth[name]
-            same_kind = lambda x, right=right: x.astype(right.dtype) if x.dtype.kind == right.dtype.kind else x  # noqa: E731
-            faults = [
-                f"{side}: {w}"
-                for side, x in (("jax", jax), ("torch", torch))
-                if (w := fault(same_kind(x[name]), right))
-            ]
+            faults = [f"{s}: {w}" for s, x in (("jax", jax), ("torch", torch)) if (w := fault(x[name], truth[name]))]
         verdict, words = Verdict.DIFFER if faults else Verdict.AGREE, "; ".join(faults) or "every value equal"
         shape = truth[name].shape if name in truth else ()
         excess = np.inf if faults else 0.0

@@ -204,10 +204,11 @@ def _whole(seed: int, wrong: str = "") -> dict[str, np.ndarray]:
 
 
 def fault(x: np.ndarray, y: np.ndarray) -> str:
-    """How `x` is not `y`, in words; empty if every bit is the same."""
+    """How `x` is not `y`, in words; empty if every bit is the same: −0 is not 0, and a NaN only itself."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return f"{x.dtype} {x.shape} for {y.dtype} {y.shape}"
-    wrong = np.argwhere(x != y)
+    bits = [np.ascontiguousarray(z).view(f"u{z.itemsize}").reshape(z.shape) for z in (x, y)]
+    wrong = np.argwhere(bits[0] != bits[1])
     return f"{len(wrong)} of {x.size} values differ, the first at {wrong[0].tolist()}" if len(wrong) else ""
 
 

@@ -205,6 +205,7 @@ def test_a_clip_too_short_to_be_reflected(samples) -> None:
         ({"f_max": 9000.0}, "above half the sample rate, 8000.0 Hz"),
         ({"f_min": 500.0, "f_max": 400.0}, "0 ≤ f_min < f_max"),
         ({"power": 0.0}, "power = 0.0: must be a positive number"),
+        ({"power": True}, "power = True: must be a positive number"),
         ({"pad_mode": "replicate"}, "pad_mode = 'replicate': must be one of 'reflect', 'constant'"),
         ({"norm": "htk"}, "norm = 'htk': must be one of None, 'slaney'"),
         ({"mel_scale": "bark"}, "mel_scale = 'bark': must be one of 'htk', 'slaney'"),
@@ -213,6 +214,21 @@ def test_a_clip_too_short_to_be_reflected(samples) -> None:
 def test_settings_that_are_refused(settings, words) -> None:
     with pytest.raises(ValueError, match=words):
         mel_spectrogram(jnp.ones(2000), **settings)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    wave = jnp.ones(2000)
+    found = mel_spectrogram(wave, power=np.float32(2), f_min=np.float32(20), n_mels=np.int64(8))
+    assert bool((found == mel_spectrogram(wave, power=2.0, f_min=20.0, n_mels=8)).all())
+    assert bool((log_mel(found, floor=np.float64(1e-3)) == log_mel(found, floor=1e-3)).all())
+    with pytest.raises(ValueError, match="floor = True"):
+        log_mel(found, floor=True)
+
+
+@pytest.mark.parametrize("shape", [(2000, 2), (600, 512)])
+def test_channels_that_come_last_are_named(shape) -> None:
+    with pytest.raises(ValueError, match=r"wave has shape .*of one wave with its channels last give the mean"):
+        mel_spectrogram(jnp.ones(shape))
 
 
 def test_waves_that_are_refused() -> None:

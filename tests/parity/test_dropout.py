@@ -136,7 +136,7 @@ def test_the_same_seed_builds_the_same_streams_and_another_one_others():
 def test_the_scale_at_other_rates_is_the_rounded_quotient(rate):
     """float32's 1 / (1 − rate), on both sides: neither the float64 quotient cast twice nor its reciprocal's."""
     ones = np.ones(2000, np.float32)
-    ours = np.asarray(omni_jax.layers._make_dropout(rate, nnx.Rngs(0))(jax.numpy.asarray(ones)))
+    ours = np.asarray(omni_jax.layers.make_dropout(rate, nnx.Rngs(0))(jax.numpy.asarray(ones)))
     theirs = torch.nn.Dropout(rate)(torch.from_numpy(ones)).numpy()
     exact = np.float32(1.0) / np.float32(1.0 - rate)
     assert set(np.unique(ours)) == set(np.unique(theirs)) == {np.float32(0.0), exact}
@@ -319,7 +319,7 @@ def test_a_place_that_does_not_drop_is_no_pass(monkeypatch):
 
 
 def _jax_dropout(monkeypatch, change: Callable[[nnx.Dropout], None]) -> None:
-    clean = omni_jax.thinker._make_dropout
+    clean = omni_jax.thinker.make_dropout
 
     def make(rate, rngs):
         made = clean(rate, rngs)
@@ -327,7 +327,7 @@ def _jax_dropout(monkeypatch, change: Callable[[nnx.Dropout], None]) -> None:
         return made
 
     for module in (omni_jax.attention, omni_jax.thinker):
-        monkeypatch.setattr(module, "_make_dropout", make)
+        monkeypatch.setattr(module, "make_dropout", make)
 
 
 def test_one_key_for_all_layers_on_the_jax_side(monkeypatch):

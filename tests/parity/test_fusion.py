@@ -68,6 +68,13 @@ def test_other_seeds_agree(seed) -> None:
     assert fusion.run(Scope(seed=seed), lambda *_: None).exit_code == 0
 
 
+def test_another_dtype_of_equal_values_is_seen() -> None:
+    right = {"a": np.arange(3, dtype=np.int32)}
+    (row,) = fusion.rows_of(right, {"a": np.arange(3)}, right)
+    assert row.verdict is Verdict.DIFFER
+    assert "torch: int64 (3,) for int32 (3,)" in row.evidence
+
+
 # --- bugs in the twins -----------------------------------------------------------------------------------------------
 
 
@@ -75,10 +82,9 @@ def test_a_product_with_the_mask_is_seen(monkeypatch) -> None:
     """NaN · 0 is NaN: what a row lacks would come through."""
     right = omni_torch.fusion._join
 
-    def join(parts, masks, targets, spans):
-        fused = right(parts, masks, targets, spans)
-        joined = torch.cat([part[:, spans[name]] for name, part in parts.items()], dim=1)
-        return fused._replace(embeddings=joined * fused.attention_mask[..., None])
+    def join(parts, masks, targets):
+        fused = right(parts, masks, targets)
+        return fused._replace(embeddings=torch.cat([*parts.values()], dim=1) * fused.attention_mask[..., None])
 
     monkeypatch.setattr(omni_torch.fusion, "_join", join)
     found = differing()
@@ -94,10 +100,11 @@ def test_a_jax_pad_that_is_another_token_is_seen(monkeypatch) -> None:
 
 
 def test_a_policy_that_counts_otherwise_is_seen(monkeypatch) -> None:
-    right = omni_torch.fusion._cut_lengths
-    monkeypatch.setattr(
-        omni_torch.fusion, "_cut_lengths", lambda lengths, ctx_len, policy: right(lengths, ctx_len + 1, policy)
-    )
+    for name in ("_most", "_cut"):
+        right = getattr(omni_torch.fusion, name)
+        monkeypatch.setattr(
+            omni_torch.fusion, name, lambda x, ctx_len, *given, right=right: right(x, ctx_len + 1, *given)
+        )
     assert any("family" in name for name in differing())
     assert any("longest" in name for name in differing())
     assert any(name.startswith("refused") for name in differing())

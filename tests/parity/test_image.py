@@ -57,6 +57,15 @@ def test_pictures_are_not_all_alike(tmp_path) -> None:
     assert len({x.tobytes() for x in truth}) == len(truth)
 
 
+def test_bits_are_compared() -> None:
+    zero = np.zeros((2, 1), np.float32)
+    assert image.fault(zero, zero) == ""
+    assert image.fault(-zero, zero) == "2 of 2 values differ, the first at [0, 0]"
+    assert image.fault(zero * np.nan, zero * np.nan) == ""
+    assert image.fault(np.ones(2, bool), np.ones(2, bool)) == ""
+    assert image.fault(zero.astype(np.float64), zero) == "float64 (2, 1) for float32 (2, 1)"
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_other_seeds_agree(seed) -> None:
     assert differing(seed=seed) == set()

@@ -12,6 +12,8 @@ jax = pytest.importorskip("jax")
 
 import omni_jax.fusion  # noqa: E402
 import omni_torch.fusion  # noqa: E402
+import omni_torch.optim  # noqa: E402
+import omni_torch.vision_encoder  # noqa: E402
 from parity.checks import Scope, omni  # noqa: E402
 from parity.checks._encoders import judged  # noqa: E402
 from parity.result import CheckResult  # noqa: E402
@@ -53,7 +55,9 @@ def test_gradients_are_those_of_what_is_trained_and_of_nothing_else(result) -> N
     assert {name.partition(".")[0] for name in trained} == {"thinker", "proj_a", "proj_v"}
     for precision in ("float64", "float32"):
         names = {row.name for row in result.rows if row.precision == precision}
-        assert names == {"logits", "loss"} | {f"gradient {name}" for name in trained}
+        taps = {name.removeprefix("tap ") for name in names if name.startswith("tap ")}
+        assert names - {f"tap {name}" for name in taps} == {"logits", "loss"} | {f"gradient {name}" for name in trained}
+        assert {"thinker.blocks.0", "vision_encoder.blocks.0", "proj_a", "proj_v", "thinker.norm"} <= taps
     after = {row.name for row in result.rows if row.precision == "exact"}
     assert after == {f"{'trained' if name in trained else 'frozen'} {name}, after a step" for name in problem.weights}
 
@@ -100,7 +104,7 @@ def test_a_projector_without_its_bias_is_seen(monkeypatch) -> None:
 
     def forward(self, x):
         out = right(self, x)
-        return out - self.bias if self.in_features == 12 and self.out_features == 16 else out
+        return out - self.bias if self.in_features == 8 and self.out_features == 16 else out
 
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
     found = verdicts()
@@ -120,9 +124,9 @@ def test_targets_that_are_one_place_off_are_seen_in_the_loss_alone(monkeypatch) 
 def test_a_jax_sequence_in_another_order_is_seen(monkeypatch) -> None:
     right = omni_jax.fusion._join
 
-    def join(parts, masks, targets, spans):
+    def join(parts, masks, targets):
         turned = {name: parts[name] for name in ("audio", "image", "text") if name in parts}
-        return right(turned, {name: masks[name] for name in turned}, targets, spans)
+        return right(turned, {name: masks[name] for name in turned}, targets)
 
     monkeypatch.setattr(omni_jax.fusion, "_join", join)
     assert verdicts()["logits"] is Verdict.DIFFER
@@ -149,3 +153,21 @@ def test_a_trained_tensor_that_does_not_move_is_seen(monkeypatch) -> None:
     monkeypatch.setattr(omni_torch.fusion, "split_frozen", lambda p, frozen: right(p, [*frozen, "proj_a"]))
     moved = [row for row in omni.step_rows(problem, omni.steps(problem, gradients)) if row.verdict is Verdict.DIFFER]
     assert [row.name for row in moved] == ["trained proj_a.weight, after a step", "trained proj_a.bias, after a step"]
+
+
+def test_a_step_of_the_optimizer_is_what_moves_them(monkeypatch) -> None:
+    (problem,) = omni.problems(Scope())
+    gradients = {k: np.ones_like(v) for k, v in problem.weights.items() if not k.startswith(omni.FROZEN)}
+    monkeypatch.setattr(omni_torch.optim.AdamW, "step", lambda self: None)
+    rows = omni.step_rows(problem, omni.steps(problem, gradients))
+    assert {row.evidence for row in rows if row.name.startswith("trained")} == {"torch: not moved"}
+    assert {row.verdict for row in rows if row.name.startswith("frozen")} == {Verdict.AGREE}
+
+
+def test_the_first_part_that_differs_is_named(monkeypatch) -> None:
+    """By the path of the torch module, which of the models' blocks it is too."""
+    right = omni_torch.vision_encoder._Block.forward
+    monkeypatch.setattr(omni_torch.vision_encoder._Block, "forward", lambda self, x: right(self, x) * 1.01)
+    scope = Scope(precisions=("float64",))
+    ((_, case),) = judged(omni.problems(scope), scope, omni.PRECISIONS, lambda *_: None)
+    assert case.main.parted == "vision_encoder.blocks.0"

@@ -43,7 +43,7 @@ DIFFERENCES = [
         reason="torch raises by itself; inside jit JAX cannot.",
     ),
     Difference(
-        "thinker.Block.__init__",
+        "thinker.Block.__init__|thinker.ThinkerLM.__init__|vision_encoder.ViTTiny.__init__",
         torch="",
         jax="name",
         reason="A value inside a JAX program is found by the name it was given; torch hooks find it by its module.",

@@ -57,6 +57,9 @@ model.eval()
 logits, loss = jax.eval_shape(lambda ids, batch: (model(ids, **batch), model.loss(ids, ids, **batch)), tokens, batch)
 assert logits.shape == (2, 9, 61) and loss.shape == ()
 assert jax.eval_shape(model.features, wave).shape == (13, 128)
+for omni, own, array in ((omni_torch, net, torch.from_numpy), (omni_jax, model, np.asarray)):
+    seen = [array(np.ones((3, 16, 16), np.float32))]
+    assert len(omni.generate(own, [[1, 5, 9]], 2, eos_id=None, images=seen).tokens[0]) == 2
 
 def media(omni, array):
     # Every public function of sound and pictures, once.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,75 @@ def test_chunks_repeat_all_but_the_longest() -> None:
         assert torch.equal(chunk.targets[:, -3:], targets)
     (whole,) = fuse_chunks(image, audio, text, ctx_len=14)
     assert torch.equal(whole.embeddings, fuse(image, audio, text).embeddings)
+
+
+def rows() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Rows that differ in what they have, of three modalities with padding anywhere, and each of them alone."""
+    draw = np.random.default_rng(6)
+    lengths = np.array([[1, 10, 9], [1, 0, 9], [0, 10, 2], [0, 0, 9], [1, 2, 5], [0, 0, 0], [1, 10, 0], [0, 3, 9]])
+    batch: dict[str, Any] = {}
+    alone: list[dict[str, Any]] = [{} for _ in lengths]
+    for i, (name, width) in enumerate((("image", 1), ("audio", 10), ("text", 9))):
+        vectors = draw.standard_normal((len(lengths), width, 8), np.float32)
+        mask = draw.permuted(np.arange(width)[None] < lengths[:, i : i + 1], axis=1)
+        vectors[~mask] = math.nan
+        batch |= {name: torch.from_numpy(vectors), f"{name}_mask": torch.from_numpy(mask)}
+        for row, own in enumerate(mask):
+            if own.any():
+                alone[row][name] = torch.from_numpy(vectors[row : row + 1, own])
+    batch["targets"] = torch.from_numpy(draw.integers(1, 31, (len(lengths), 9)))
+    for row, own in enumerate(batch["text_mask"]):
+        if bool(own.any()):
+            alone[row]["targets"] = batch["targets"][row : row + 1, own]
+    return batch, alone
+
+
+def assert_is_row(fused: Any, row: int, alone: Any) -> None:
+    """What the row keeps is what it is alone, in its order; elsewhere are zeros and PAD."""
+    kept = np.asarray(fused.attention_mask[row])
+    assert np.array_equal(np.asarray(fused.embeddings[row])[kept], np.asarray(alone.embeddings[0]))
+    assert not np.asarray(fused.embeddings[row])[~kept].any()
+    targets = np.asarray(fused.targets[row])
+    assert (targets[~kept] == PAD_ID).all()
+    assert targets[kept].tolist() == ([PAD_ID] * kept.sum() if alone.targets is None else alone.targets[0].tolist())
+
+
+@pytest.mark.parametrize("policy", ["family", "longest"])
+@pytest.mark.parametrize("ctx_len", [3, 4, 7, 12, 19, 20])
+def test_each_row_is_cut_as_it_is_alone(policy, ctx_len) -> None:
+    """A long clip in one row takes no text, and no target, from another."""
+    batch, alone = rows()
+    cut = partial(fuse, ctx_len=ctx_len, policy=policy)
+    fused = cut(**batch)
+    for row, own in enumerate(alone):
+        if own:
+            assert_is_row(fused, row, cut(**own))
+        else:
+            assert not np.asarray(fused.attention_mask[row]).any()
+    widest = max(cut(**own).embeddings.shape[1] for own in alone if own)
+    assert fused.embeddings.shape[1] == widest <= ctx_len
+
+
+def test_text_that_fits_stays_in_its_place() -> None:
+    """The last places are the text's, padding included, whatever is cut of the clip before it."""
+    batch, _ = rows()
+    fused = fuse(**batch, ctx_len=24)
+    assert np.array_equal(np.asarray(fused.attention_mask)[:, -9:], batch["text_mask"])
+    assert fused.embeddings.shape[1] == 1 + 6 + 9
+
+
+def test_each_row_has_the_chunks_that_it_has_alone() -> None:
+    """A row that needs fewer of them is not read, nor has it targets, in the others."""
+    batch, alone = rows()
+    chunks = fuse_chunks(**batch, ctx_len=14)
+    assert [chunk.embeddings.shape[1] for chunk in chunks] == [14, 14, 12]
+    for row, own in enumerate(alone):
+        single = fuse_chunks(**own, ctx_len=14) if own else []
+        for chunk, part in zip(chunks, single, strict=False):
+            assert_is_row(chunk, row, part)
+        for chunk in chunks[len(single) :]:
+            assert not np.asarray(chunk.attention_mask[row]).any()
+            assert not np.asarray(chunk.targets[row]).any()
 
 
 REFUSED = {
@@ -369,8 +438,32 @@ def test_a_sense_that_the_model_lacks(sense, given) -> None:
 
 
 def test_nothing_to_encode() -> None:
-    with pytest.raises(ValueError, match="all None"):
+    with pytest.raises(ValueError, match="images and mel are both None"):
         make().encode()
+
+
+def test_a_clip_that_is_too_short() -> None:
+    """What helps is what `features` takes: it has no n_fft and no pad_mode."""
+    for shape in ((512,), (2, 512)):
+        with pytest.raises(ValueError, match=r"the wave has 512 samples: .* 513 .*; give a longer one, or fill it up"):
+            make().features(torch.ones(shape))
+    with pytest.raises(ValueError, match="channels last"):
+        make().features(torch.ones((2000, 2)))
+    assert make().features(torch.ones(513)).shape == (4, 128)
+
+
+def test_a_long_clip_in_one_row_cuts_no_other() -> None:
+    """100 frames are 25 vectors, 24 // 4 = 6 of them are kept; the text beside has room for 24 - 6 - 1."""
+    model, ids = make(), tokens(2, 20)
+    mel = np.random.default_rng(3).standard_normal((2, 100, 128)).astype(np.float32)
+    given = {"mel": torch.from_numpy(mel).double(), "has_audio": torch.tensor([True, False])}
+    logits = model(ids, **given)
+    alone = model(ids[1:])
+    assert_close(logits[1, -20:], alone[0])
+    targets = torch.where(torch.arange(2)[:, None] == 1, ids, PAD_ID)
+    loss = model.loss(ids, targets, **given)
+    expected = cross_entropy(alone, ids[1:])
+    assert_close(loss[None], expected[None])
 
 
 # Frozen parts --------------------------------------------------------------------------------------------------------

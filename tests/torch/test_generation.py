@@ -570,7 +570,17 @@ BAD_SENSES = {
     "a batch": ({"images": [np.zeros((1, 3, 16, 16)), None]}, r"\(1, 3, 16, 16\): must be \(3, H, W\)"),
     "patches": ({"images": [np.zeros((3, 12, 16)), None]}, "12 × 16"),
     "levels": ({"images": [None, np.zeros((3, 16, 16), np.uint8)]}, r"images\[1\] has dtype uint8"),
-    "words": ({"images": ["a.png", None]}, r"images\[0\]"),
+    "a path": ({"images": ["a.png", None]}, r"images\[0\] = 'a.png' is a path: .*give load_image\(path\)"),
+    "a path of a clip": ({"mels": [None, Path("a.wav")]}, r"mels\[1\] = 'a.wav' is a path: .*load_audio\(path\)"),
+    "colours last": ({"images": [np.zeros((16, 16, 3)), None]}, r"\(16, 16, 3\): must be \(3, H, W\), .*moves the col"),
+    "clips of two dtypes": (
+        {"mels": [np.zeros((9, 128), np.float32), np.zeros((9, 128), np.float16)]},
+        "mels have the dtypes float16, float32: must be one for all",
+    ),
+    "pictures of two dtypes": (
+        {"images": [np.zeros((3, 16, 16), np.float32), np.zeros((3, 16, 16))]},
+        "images have the dtypes float32, float64: must be one for all",
+    ),
     "NaN": ({"images": [None, np.full((3, 16, 16), np.nan)]}, "images holds NaN"),
     "NaN in a clip": ({"mels": [None, np.full((9, 128), np.nan)]}, "mel holds NaN"),
     "bands": ({"mels": [None, np.zeros((20, 80))]}, r"mels\[1\] has shape \(20, 80\)"),

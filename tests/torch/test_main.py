@@ -324,8 +324,8 @@ BAD_FILES = {
     "a picture to listen to": (("--audio", "a picture.png"), "a picture.png"),
     "a sound to look at": (("--image", "sound.wav"), "sound.wav"),
     "a long sound": (
-        ("--audio", "long.wav"),
-        "101 frames, which become 26 vectors: allowed are up to ctx_len // 4 = 12",
+        ("--image", "a picture.png", "--audio", "long.wav"),
+        "long.wav' has 101 frames, which become 26 vectors: allowed are up to ctx_len // 4 = 12",
     ),
     "heads": (("--image", "a picture.png", "--n-heads", 2), "n_heads = 2"),
 }

@@ -234,7 +234,24 @@ def test_samples_without_a_known_range_are_refused(tmp_path) -> None:
             load_image(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("size", [0, -1, True, 2.5, "a", (3,), (3, 4, 5), (2, 0), 10**6])
+def test_sizes_may_be_numpys_and_lists_are_told_apart() -> None:
+    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    assert resize(image, np.int64(4)).shape == (3, 4, 4)
+    assert resize(image, (np.int32(4), 5)).shape == (3, 4, 5)
+    with pytest.raises(
+        ValueError, match=r"size = \[4, 5\] cannot be: .* or a tuple \(height, width\), .*; give \(4, 5\)"
+    ):
+        resize(image, [4, 5])
+
+
+def test_colours_that_come_last_are_named() -> None:
+    with pytest.raises(ValueError, match=r"image has shape \(5, 4, 3\) .*pass image.permute\(2, 0, 1\)"):
+        resize(torch.zeros(5, 4, 3, dtype=torch.uint8), 2)
+    with pytest.raises(ValueError, match=r"the colours are last: pass images.permute\(0, 3, 1, 2\)"):
+        patchify(torch.zeros((1, 4, 4, 3)), 2)
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 2.5, "a", (3,), (3, 4, 5), (2, 0), 10**6, np.int64(0), (3, True)])
 def test_sizes_that_cannot_be_are_refused(tmp_path, size) -> None:
     with pytest.raises(ValueError, match=r"size = .* cannot be"):
         load_image(tmp_path / "not even looked for", size)
