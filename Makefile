@@ -18,7 +18,7 @@ parity: $(STAMP)  ## judge the twins: the default parity run (ARGS='--only logit
 
 # A worker for each core, four at most: one takes up to 3 GB.
 test: $(STAMP)  ## run the tests but the long ones (ARGS='tests/parity -k verdict', '-m long', '-n 0' and the like)
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not long" $(ARGS)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder -m "not long" $(ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and pyright
 	@$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import os
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 # One thread: sums keep one order, so a rerun prints the same figures; and the models here are too small for two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -19,6 +21,17 @@ try:
         os.environ["XLA_FLAGS"] = f"{hasty} {os.environ.get('XLA_FLAGS', '')}".strip()
 except metadata.PackageNotFoundError:
     pass
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items) -> None:
+    """A file stays in one worker (`--dist loadgroup`), and so does the default run with all that look at it: what is
+    shared is made once. Examples share nothing: one by one at the end they keep every worker busy."""
+    for item in items:
+        if item.path.parent.name != "examples":
+            group = "default run" if "run_on" in item.fixturenames else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.parent.name == "examples")
 
 
 def pytest_configure(config) -> None:

@@ -6,6 +6,8 @@ import ast
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,12 @@ FOREIGN = {
 FILES = [f"{kind}/{path.name}" for kind in FOREIGN for path in sorted((EXAMPLES / kind).glob("*.py"))]
 NAMES = sorted({Path(name).stem for name in FILES})
 
-# Runs a file as a script while some packages cannot be imported, and looks afterwards that none of them was.
+# Imports a package while some others cannot be imported. Then, for every line "file<tab>folder<tab>prints" that it
+# reads, a fork runs the file as a script in the folder, and looks afterwards that no blocked package was imported:
+# each in a process of its own, and the framework's import, which takes longer than most examples, is paid once.
 RUNNER = """
-import runpy, sys
-blocked = set(sys.argv[2].split(","))
+import os, runpy, signal, sys
+twin, blocked = sys.argv[1], set(sys.argv[2].split(","))
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -30,26 +34,57 @@ class Blocker:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
-file = sys.argv[1]
-sys.argv = [file]
-runpy.run_path(file, run_name="__main__")
-loaded = blocked & {name.partition(".")[0] for name in sys.modules}
-if loaded:
-    raise SystemExit(f"{file} imported {sorted(loaded)}")
+__import__(twin)
+
+def run(file, folder, prints):
+    signal.alarm(300)  # one that hangs dies
+    os.chdir(folder)
+    for stream, name in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(prints + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.argv, sys.path[0] = [file], os.path.dirname(file)
+    runpy.run_path(file, run_name="__main__")
+    loaded = blocked & {name.partition(".")[0] for name in sys.modules}
+    if loaded:
+        raise SystemExit(f"{file} imported {sorted(loaded)}")
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        run(*line.rstrip("\\n").split("\\t"))
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def run(file: Path, blocked: list[str], folder: Path) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(file, "torch" or "jax", folder) -> how it ended, and what it printed."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "PYTHONIOENCODING": "utf-8",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),  # programs only; results are computed every time
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-c", RUNNER, str(file), ",".join(blocked)]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    prints = str(tmp_path_factory.mktemp("prints") / "example")
+
+    @cache
+    def runner(kind: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", RUNNER, f"omni_{kind}", ",".join(FOREIGN[kind])]
+        return stack.enter_context(
+            subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        )
+
+    def run(file: Path, kind: str, folder: Path) -> subprocess.CompletedProcess:
+        stdin, stdout = runner(kind).stdin, runner(kind).stdout
+        assert stdin
+        assert stdout
+        print(file, folder, prints, sep="\t", file=stdin, flush=True)
+        code = int(stdout.readline())
+        out, err = (Path(prints + name).read_text(encoding="utf-8") for name in (".out", ".err"))
+        return subprocess.CompletedProcess([str(file)], code, out, err)
+
+    with ExitStack() as stack:
+        yield run
 
 
 def tree_of(name: str) -> ast.Module:
@@ -72,8 +107,8 @@ def definitions(tree: ast.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_it_runs_and_prints(name, tmp_path) -> None:
-    done = run(EXAMPLES / name, FOREIGN[name.partition("/")[0]], tmp_path)
+def test_it_runs_and_prints(run, name, tmp_path) -> None:
+    done = run(EXAMPLES / name, name.partition("/")[0], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
     assert not done.stderr.strip(), done.stderr
@@ -122,9 +157,9 @@ def test_it_uses_the_public_names_of_its_own_twin(name) -> None:
         ("import sys\nsys.modules['torch'] = sys", "imported ['torch']"),
     ],
 )
-def test_the_runner_notices(source, message, tmp_path) -> None:
+def test_the_runner_notices(run, source, message, tmp_path) -> None:
     file = tmp_path / "example.py"
     file.write_text(source)
-    done = run(file, FOREIGN["jax"], tmp_path)
+    done = run(file, "jax", tmp_path)
     assert done.returncode != 0
     assert message in done.stderr

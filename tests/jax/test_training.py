@@ -17,8 +17,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from typer.testing import CliRunner
 
 from omni_jax import training
+from omni_jax.__main__ import app
 from omni_jax.checkpoint import load_checkpoint
 from omni_jax.config import ThinkerConfig
 from omni_jax.data import token_stream
@@ -294,22 +296,20 @@ def test_mixed_precision_keeps_the_state_in_float32(whole, tmp_path) -> None:
 
 
 def test_command_line(inputs) -> None:
-    def run(*more: str):
-        command = [sys.executable, "-m", PACKAGE, "train", "--config", "config.json", "--text", "text.txt", *more]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=inputs, env=environment, capture_output=True, text=True, timeout=300)
-
-    done = run("--out", "out", "--max-steps", "3", "--seed", "7")
+    given = ["train", "--config", str(inputs / "config.json"), "--text", str(inputs / "text.txt")]
+    command = [sys.executable, "-m", PACKAGE, *given, "--out", "out", "--max-steps", "3", "--seed", "7"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=inputs, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "step 3/3  loss" in done.stderr
     assert "step 3 done" in done.stdout
-    again = run("--out", "out")
-    assert again.returncode == 2
+    again = CliRunner().invoke(app, [*given, "--out", str(inputs / "out")])
+    assert again.exit_code == 2
     assert again.stderr.startswith("error: ")
     assert len(again.stderr.splitlines()) == 1
     assert json.loads((inputs / "out" / "config.json").read_text())["seed"] == 7
     (inputs / "text.txt").write_bytes(b"\xff")
-    assert run("--out", "other", "--quiet").returncode == 2
+    assert CliRunner().invoke(app, [*given, "--out", str(inputs / "other"), "--quiet"]).exit_code == 2
 
 
 def test_ctrl_c_saves_and_resume_goes_on(inputs) -> None:
@@ -350,11 +350,11 @@ def test_nan_ends_the_run_before_anything_is_changed(tmp_path, monkeypatch, bad)
         return loss + jnp.sqrt(jnp.abs(slope))  # slope Inf · 0 at value 0
 
     monkeypatch.setattr(training, "cross_entropy", spoilt)
-    jax.clear_caches()  # or the program that was compiled with the right loss would run
+    training._train_step.clear_cache()  # or the program that was compiled with the right loss would run
     trainer = make(out, resume=True)
     with pytest.raises(NumericalError, match=r"update 4: .*nothing was updated"):
         trainer.run()
-    jax.clear_caches()
+    training._train_step.clear_cache()
     assert files(out) == before
     assert trainer.state.step == 3
 
@@ -369,7 +369,7 @@ def test_a_bad_update_is_found_late_and_still_changed_nothing(tmp_path, monkeypa
         return exact(logits, targets) * jnp.where(jnp.any(targets == 279), jnp.nan, 1.0)
 
     monkeypatch.setattr(training, "cross_entropy", spoilt)
-    jax.clear_caches()
+    training._train_step.clear_cache()
     trainer = make(out, resume=True, print_freq=100, val_freq=100, checkpoint_freq=100)
     batch = trainer._batch
 
@@ -382,7 +382,7 @@ def test_a_bad_update_is_found_late_and_still_changed_nothing(tmp_path, monkeypa
     trainer._batch = poisoned
     with pytest.raises(NumericalError, match="update 4: "):
         trainer.run()
-    jax.clear_caches()
+    training._train_step.clear_cache()
     assert load_checkpoint(out / "last.pt").step == trainer.state.step == 3
 
 
