@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from omni_torch import training
+from omni_torch.__main__ import app
 from omni_torch.checkpoint import load_checkpoint
 from omni_torch.config import ThinkerConfig
 from omni_torch.data import token_stream
@@ -291,22 +293,20 @@ def test_mixed_precision_keeps_the_state_in_float32(whole, tmp_path) -> None:
 
 
 def test_command_line(inputs) -> None:
-    def run(*more: str):
-        command = [sys.executable, "-m", PACKAGE, "train", "--config", "config.json", "--text", "text.txt", *more]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=inputs, env=environment, capture_output=True, text=True, timeout=300)
-
-    done = run("--out", "out", "--max-steps", "3", "--seed", "7")
+    given = ["train", "--config", str(inputs / "config.json"), "--text", str(inputs / "text.txt")]
+    command = [sys.executable, "-m", PACKAGE, *given, "--out", "out", "--max-steps", "3", "--seed", "7"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=inputs, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "step 3/3  loss" in done.stderr
     assert "step 3 done" in done.stdout
-    again = run("--out", "out")
-    assert again.returncode == 2
+    again = CliRunner().invoke(app, [*given, "--out", str(inputs / "out")])
+    assert again.exit_code == 2
     assert again.stderr.startswith("error: ")
     assert len(again.stderr.splitlines()) == 1
     assert json.loads((inputs / "out" / "config.json").read_text())["seed"] == 7
     (inputs / "text.txt").write_bytes(b"\xff")
-    assert run("--out", "other", "--quiet").returncode == 2
+    assert CliRunner().invoke(app, [*given, "--out", str(inputs / "other"), "--quiet"]).exit_code == 2
 
 
 def test_ctrl_c_saves_and_resume_goes_on(inputs) -> None:

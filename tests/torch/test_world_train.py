@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from omni_torch import world_batch, world_train
+from omni_torch.__main__ import app
 from omni_torch.checkpoint import export_weights, load_checkpoint
 from omni_torch.config import ThinkerConfig
 from omni_torch.fusion import OmniLM
@@ -18,8 +17,6 @@ from omni_torch.omni_config import AudioConfig, OmniConfig, VisionConfig
 from omni_torch.world_batch import Asked, share_right, world_questions, world_tokenizer, world_training
 from omni_torch.world_train import evaluate_world, train_world
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-PACKAGE = "omni_torch"
 STEPS = 6
 
 CONFIG = OmniConfig(
@@ -126,9 +123,8 @@ def test_the_command_refuses_what_does_not_fit(tmp_path) -> None:
         (["--task", "song"], "must be text or world"),
         ([], "needs --config FILE and --text FILE"),
     ):
-        command = [sys.executable, "-m", PACKAGE, "train", "--out", str(tmp_path / "run"), *given]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert ended.returncode == 2, ended.stderr
+        ended = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), *given])
+        assert ended.exit_code == 2, ended.stderr
         assert message in ended.stderr
     assert not list(tmp_path.iterdir())
 
