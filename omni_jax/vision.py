@@ -129,8 +129,9 @@ def _cubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
         x_N = np.abs(at_N - (first_N + tap))
-        near_N = (_CUBIC + 2.0) * x_N**3 - (_CUBIC + 3.0) * x_N**2 + 1.0
-        far_N = _CUBIC * (x_N**3 - 5.0 * x_N**2 + 8.0 * x_N - 4.0)
+        # Products, as numpy and torch round a third power each in its own way.
+        near_N = (_CUBIC + 2.0) * (x_N * x_N * x_N) - (_CUBIC + 3.0) * x_N**2 + 1.0
+        far_N = _CUBIC * (x_N * x_N * x_N - 5.0 * x_N**2 + 8.0 * x_N - 4.0)
         np.add.at(weights, (np.arange(new), np.clip(first_N + tap, 0, old - 1)), np.where(x_N <= 1.0, near_N, far_N))
     return weights
 

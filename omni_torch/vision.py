@@ -135,8 +135,9 @@ def _cubic(old: int, new: int) -> Float[Tensor, "new old"]:
     weights = torch.zeros(new, old, dtype=torch.float64)
     for tap in range(-1, 3):
         x_N = (at_N - (first_N + tap)).abs()
-        near_N = (_CUBIC + 2.0) * x_N**3 - (_CUBIC + 3.0) * x_N**2 + 1.0
-        far_N = _CUBIC * (x_N**3 - 5.0 * x_N**2 + 8.0 * x_N - 4.0)
+        # Products, as numpy and torch round a third power each in its own way.
+        near_N = (_CUBIC + 2.0) * (x_N * x_N * x_N) - (_CUBIC + 3.0) * x_N**2 + 1.0
+        far_N = _CUBIC * (x_N * x_N * x_N - 5.0 * x_N**2 + 8.0 * x_N - 4.0)
         here = (first_N + tap).clamp(0, old - 1)[:, None] == torch.arange(old)
         weights = weights + torch.where(x_N <= 1.0, near_N, far_N)[:, None] * here
     return weights
