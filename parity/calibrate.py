@@ -1,10 +1,11 @@
 """Where the thresholds come from: what correct programs score, and what known bugs score, in noise units.
 
-A draw is a program that is right by construction (the twins in a random configuration, or a foreign pair of a few
-primitives) with weights, inputs and one precision; no two draws are equal. Every tensor of it is looked at as
-`parity.verdict` looks, and each look is written down as look / quantile: the Z that would just have let it pass. The
-record (`RECORD`) holds the distribution, the Z that it supports, and the smallest relative error that would have been
-seen; a test holds `THRESHOLDS` to it, and docs/decisions/0001 tells the story.
+A draw is a program that is right by construction (the twins in a random configuration, a foreign pair of a few
+primitives, or a whole check with other constants) with weights, inputs, precisions and thread counts; no two draws are
+equal. Every tensor of it is looked at as `parity.verdict` looks, and each look is written down as look / quantile: the
+Z that would just have let it pass. The record (`RECORD`) holds the distribution, what each check of `parity list`
+scored, the Z that all of it supports, and the smallest relative error that would have been seen; a test holds
+`THRESHOLDS` to it, and docs/decisions/0001 tells the story.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
+import itertools
 import math
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity.verdict import THRESHOLDS, Distance, Thresholds, measure, subtract
+from parity import clean
+from parity.foreign import SHAPES, foreign_pair
+from parity.verdict import THRESHOLDS, Distance, Thresholds, Verdict, measure, subtract
 
 if TYPE_CHECKING:
     from parity.judge import Findings, Judge
     from parity.pair import Pair
+    from parity.result import CheckResult, Row
 
 __all__ = [
     "CEILING",
@@ -38,53 +43,84 @@ __all__ = [
     "RECORD",
     "Calibration",
     "Draw",
+    "Outcome",
     "alarm_limit",
     "calibrate",
-    "foreign_pairs",
     "objections",
+    "outcome_of",
     "plan",
     "random_config",
     "supported",
 ]
 
 RECORD = Path(__file__).parent / "assets" / "calibration.json"
-DRAWS = 312
+DRAWS = 1222
+"""56 configurations of the twins with the foreign pairs beside them, and 10 sets of constants of nearly every check."""
 MARGIN = 1.25
 """Z must stand at least this factor above the largest clean value of the record: seeds and kernels to come."""
 CEILING = 2.0
 """... and at most this factor, or the threshold is slack that nobody measured."""
 RATIO_MARGIN = 3.0
 """The bounds on ratios of errors vary more: at least this factor above the largest clean one, at most its square."""
-FEWEST_DRAWS, FEWEST_CONFIGURATIONS = 200, 50
+FEWEST_DRAWS, FEWEST_CONFIGURATIONS = 1000, 50
 """A record with fewer says nothing about the thresholds being too wide."""
 COMPILE_EVERY = 5
 """Every fifth configuration runs on the JAX side too: a compilation for each new set of shapes costs seconds."""
+CHECKS_PER_CONFIGURATION = 16
+"""So many runs of checks for each configuration of the twins."""
+FOREIGN = "foreign pairs"
 
 Progress = Callable[[int, int, str], None]
+Told = tuple[float, str]
+"""A value, and where it was seen."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One clean draw; `program` is "twins" (with a configuration) or the name of a foreign pair."""
+    """One clean draw; `program` is "twins" (with a configuration), the name of a foreign pair, or of a check."""
 
     program: str
     config: Any
     regime: str
     seed: int
     precision: str
+    """Of a check "", which means those that it looks at."""
     compiled: bool
     """Both sides run. Otherwise torch alone does, against the interpreted reference of the JAX program."""
+    variant: int = 0
+    """Of a check: which set of constants (parity.clean.settings)."""
+    full: bool = False
+    torch_threads: int = 1
+    xla_threads: int = 0
+    """0: as many as there are cores."""
+
+    @property
+    def kind(self) -> str:
+        return "twins" if self.config is not None else "checks" if self.program in clean.CHECKS else "foreign"
 
     @property
     def label(self) -> str:
-        if self.config is None:
-            return f"{self.program}, {self.precision}"
+        if self.kind == "foreign":
+            return f"{self.program}, seed {self.seed}, {self.precision}"
+        if self.kind == "checks":
+            parts = (
+                f"{self.program}, constants {self.variant}",
+                self.regime,
+                f"seed {self.seed}",
+                "in full" * self.full,
+            )
+            return ", ".join(part for part in parts if part)
         c = self.config
         kind = ("gelu", "swiglu")[c.use_swiglu] + f" {c.num_experts_per_tok}/{c.num_experts}" * c.use_moe
         return (
             f"L{c.n_layers} D{c.d_model} H{c.n_heads}/{c.kv_heads} F{c.d_ff} V{c.vocab_size} {kind}, {self.regime}, "
             f"seed {self.seed}, {self.precision}"
         )
+
+    @property
+    def threads(self) -> str:
+        xla = f"{self.xla_threads}" if self.xla_threads else "as many as cores"
+        return f"torch {self.torch_threads}, XLA {xla}"
 
 
 # ------------------------------------------------------------------------------------------------ what is drawn
@@ -120,243 +156,335 @@ def random_config(rng: np.random.Generator) -> Any:
 
 
 def plan(draws: int = DRAWS, seed: int = 0) -> list[Draw]:
-    """The draws in their order: each configuration four times, then a small foreign pair and often a large one."""
+    """The draws in their order: any beginning of them has its share of the twins, of foreign pairs and of every check.
+
+    For each configuration of the twins four draws, then a small foreign pair and often a large one, then some runs of
+    checks. Thread counts go round in all of them.
+    """
     precisions = ("float64", "float32", "bfloat16", "float16")
-    sizes = foreign_pairs(0, sizes_only=True)
     small, large = (
-        [(n, p) for p in precisions for n, shapes in sizes.items() if (math.prod(shapes[0]) < 1000) is least]
+        [(n, p) for p in precisions for n, shapes in SHAPES.items() if (math.prod(shapes[0]) < 1000) is least]
         for least in (True, False)
     )
     planned: list[Draw] = []
-    index = big = 0
-    while len(planned) < draws:
+    runs, run_so_far = _check_runs(seed), 0
+    big = 0
+    for index in itertools.count():
+        if len(planned) >= draws:
+            return planned[:draws]
         rng = np.random.default_rng([seed, 11, index])
         config, compiled = random_config(rng), index % COMPILE_EVERY == 0
         regimes = ("randomised", "fresh") if index % 2 else ("fresh", "randomised")
-        base = 1000 * seed + 10 * index
+        base = 1_000_000 * seed + 10 * index
+        threads: dict[str, Any] = {"torch_threads": 1 + index // 2 % 2, "xla_threads": index % 2}
         # float64 and float32 share weights, inputs and so the draws of the noise; the others have their own.
         planned += [
-            Draw("twins", config, regimes[0], base, "float64", compiled),
-            Draw("twins", config, regimes[0], base, "float32", compiled),
-            Draw("twins", config, regimes[1], base + 1, "bfloat16", compiled and index % 2 == 0),
-            Draw("twins", config, regimes[1], base + 2, ("float32", "float16")[index % 2], False),
+            Draw("twins", config, regimes[0], base, "float64", compiled, **threads),
+            Draw("twins", config, regimes[0], base, "float32", compiled, **threads),
+            Draw("twins", config, regimes[1], base + 1, "bfloat16", compiled and index % 2 == 0, **threads),
+            Draw("twins", config, regimes[1], base + 2, ("float32", "float16")[index % 2], False, **threads),
         ]
         foreign = [small[index % len(small)]]
         if index % 7 not in (0, 2, 4):
             foreign.append(large[big % len(large)])
             big += 1
-        planned += [Draw(name, None, "foreign", base + 3, precision, True) for name, precision in foreign]
-        index += 1
-    return planned[:draws]
+        planned += [Draw(name, None, "foreign", base + 3, p, True, **threads) for name, p in foreign]
+        while run_so_far < CHECKS_PER_CONFIGURATION * (index + 1):
+            group = next(runs)
+            planned += group
+            run_so_far += len(group)
+    raise AssertionError
 
 
-def foreign_pairs(seed: int, only: str | None = None, sizes_only: bool = False) -> dict[str, Any]:
-    """name -> (pair, weights, inputs) of pairs of a few primitives, from one element to a million.
-
-    The gradient with respect to the weights is judged as well, of the sum of output times a random cotangent.
-    """
-    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
-        "scalar chain": ((),),
-        "mean of 1e6": ((1000, 1000),),
-        "mean of 3": ((3,),),
-        "elementwise 250 x 1000": ((250, 1000),),
-        "elementwise 1": ((1,),),
-        "softmax 700 x 900": ((700, 900),),
-        "softmax 2": ((1, 2),),
-        "layer norm 700 x 900": ((700, 900),),
-        "layer norm 1 x 7": ((1, 7),),
-        "matmul 300 x 1000 x 500": ((300, 1000), (1000, 500)),
-        "matmul 1 x 3 x 1": ((1, 3), (3, 1)),
-        "logsumexp 700 x 900": ((700, 900),),
-        "look-up 5000 of 50": ((50, 21),),
-        "running sum 40 x 500": ((40, 500),),
-    }
-    if sizes_only:
-        return dict(shapes)
-    return {name: _foreign(name, shapes[name], seed) for name in shapes if only in (None, name)}
-
-
-def _foreign(name: str, shapes: Sequence[tuple[int, ...]], seed: int) -> tuple[Pair, dict[str, np.ndarray], tuple]:
-    import jax
-    import jax.numpy as jnp
-    import torch
-
-    from parity.pair import pair_of
-
-    rng = np.random.default_rng([seed, len(name), sum(map(ord, name))])
-    weights = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in zip("xy", shapes)}
-    ids = rng.integers(0, 50, 5000).astype(np.int32)
-    eps = 1e-5
-    functional = torch.nn.functional
-
-    def norm(x):
-        centred = x - jnp.mean(x, -1, keepdims=True)
-        return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + eps)
-
-    def torch_norm(x):
-        return functional.layer_norm(x, x.shape[-1:], eps=eps)
-
-    def gelu(x):
-        # torch's formula. jax.nn.gelu goes by erfc, which does not cancel in the left tail: not the same arithmetic.
-        return 0.5 * x * (1 + jax.lax.erf(x / math.sqrt(2.0))) + jnp.tanh(x) * jnp.exp(-x * x)
-
-    def torch_gelu(x):
-        return functional.gelu(x) + torch.tanh(x) * torch.exp(-x * x)
-
-    operations: dict[str, tuple[Callable, Callable]] = {
-        "scalar": (lambda p: jnp.sin(p["x"]) * jnp.exp(p["x"]), lambda p: torch.sin(p["x"]) * torch.exp(p["x"])),
-        "mean": (lambda p: jnp.mean(jnp.square(p["x"])), lambda p: torch.mean(torch.square(p["x"]))),
-        "elementwise": (lambda p: gelu(p["x"]), lambda p: torch_gelu(p["x"])),
-        "softmax": (lambda p: jax.nn.softmax(p["x"], -1), lambda p: torch.softmax(p["x"], -1)),
-        "layer": (lambda p: norm(p["x"]), lambda p: torch_norm(p["x"])),
-        "matmul": (lambda p: p["x"] @ p["y"], lambda p: p["x"] @ p["y"]),
-        "logsumexp": (lambda p: jax.nn.logsumexp(p["x"], -1), lambda p: torch.logsumexp(p["x"], -1)),
-        "look-up": (lambda p: jnp.take(p["x"], ids, 0), lambda p: p["x"][torch.from_numpy(ids.astype(np.int64))]),
-        "running": (lambda p: jnp.cumsum(p["x"], -1), lambda p: torch.cumsum(p["x"], -1)),
-    }
-    ours, theirs = operations[name.split(" ")[0]]
-    out = jax.eval_shape(ours, {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in weights.items()})
-    cotangent = rng.standard_normal(out.shape).astype(np.float32)
-    pair = pair_of(
-        lambda p, c: ours(p),
-        lambda p, c: theirs(p),
-        weights,
-        torch_shapes={k: v.shape for k, v in weights.items()},
-        loss=(lambda o, c: jnp.sum(o * c), lambda o, c: torch.sum(o * c)),
-        name=name,
-    )
-    return pair, weights, (cotangent,)
+def _check_runs(seed: int) -> Iterator[list[Draw]]:
+    """Set after set of constants of every check, each with so many seeds as RUNS says."""
+    for variant in itertools.count():
+        for check, runs in clean.RUNS.items():
+            yield [
+                Draw(
+                    check, None, ("fresh", "randomised")[(variant + i) % 2] if check in clean.OF_WEIGHTS else "",
+                    1_000_000 * seed + 10_000 + 10 * variant + i, "", True,
+                    variant=10 * variant + i if check in clean.SEEDLESS else variant,
+                    full=clean.in_full(check, variant, i), torch_threads=1 + i % 2, xla_threads=variant % 2,
+                )
+                for i in range(runs)
+            ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
+
+
+@dataclass
+class Outcome:
+    """What one draw gave, as plain JSON; every value of a look is look / quantile, so Z itself is not in it."""
+
+    label: str
+    kind: str
+    precision: str
+    configuration: str
+    compiled: bool
+    threads: str
+    looks: list[tuple[str, str, float, str]] = field(default_factory=list)
+    """(side, look, value, tensor), of the twins and foreign pairs."""
+    checks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By check of `parity list`: tensors, verdicts, the largest value ("z") and share of another bound ("share")."""
+    alarms: list[str] = field(default_factory=list)
+    """Tensors that the thresholds in force did not let pass, with the evidence."""
+    lost: list[Told] = field(default_factory=list)
+    conditioning: list[Told] = field(default_factory=list)
+    """sigma / kappa: not judged by itself, because the unit of a long sum is a left-to-right one."""
+    dwarf: list[Told] = field(default_factory=list)
+    power: list[tuple[str, float]] = field(default_factory=list)
+    """(tensor kind, smallest relative error seen, per unit of Z)."""
+    bugs: list[tuple[str, float]] = field(default_factory=list)
+    tied: bool = False
+    """An expert choice is inside the noise: another one is as right, so the draw says nothing."""
+    error: str = ""
+    """Why the check could not look."""
+
+    @property
+    def largest(self) -> Told:
+        return max((entry["z"], f"{entry['where']} of {self.label}") for entry in self.checks.values())
+
+
+def outcome_of(draw: Draw) -> Outcome:
+    """Run one draw in this process."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(draw.torch_threads)
+    try:
+        if draw.kind == "checks":
+            constants = clean.settings(draw.program, draw.variant)
+            return of_check(draw, clean.run(draw.program, constants, draw.regime, draw.seed, draw.full))
+        if draw.kind == "foreign":
+            pair, weights, inputs = foreign_pair(draw.program, draw.seed)
+            outcome = of_findings(draw, _judge(pair)(weights, inputs, draw.precision))
+            gc.collect()  # a million elements and their draws
+            return outcome
+        prepared = _prepared(draw.config)
+        weights, inputs = prepared.inputs(draw)
+        outcome = of_findings(draw, prepared.judge(draw.compiled)(weights, inputs, draw.precision))
+        if draw.precision == "float32":
+            outcome.bugs = list(prepared.bugs(draw, weights, inputs))
+        return outcome
+    finally:
+        torch.set_num_threads(before)
+
+
+def _begun(draw: Draw) -> Outcome:
+    configuration = {"twins": repr(draw.config), "foreign": draw.program}.get(
+        draw.kind, f"{draw.program} {draw.variant}"
+    )
+    return Outcome(draw.label, draw.kind, draw.precision, configuration, draw.compiled, draw.threads)
+
+
+def _entry() -> dict[str, Any]:
+    return {"tensors": 0, "verdicts": {}, "z": 0.0, "where": "", "share": 0.0, "share of": "", "alarms": 0}
+
+
+def _noted(entry: dict[str, Any], verdict: Verdict) -> None:
+    entry["tensors"] += 1
+    entry["verdicts"][str(verdict)] = entry["verdicts"].get(str(verdict), 0) + 1
+    entry["alarms"] += verdict not in (Verdict.AGREE, Verdict.UNDETERMINED)
+
+
+def of_findings(draw: Draw, findings: Findings) -> Outcome:
+    """Every tensor of a draw of the twins, or of a foreign pair."""
+    outcome = _begun(draw)
+    if findings.ties:
+        outcome.tied = True
+        return outcome
+    judged = {**findings.outputs, **{f"tap {k}": v for k, v in findings.taps.items()}}
+    for name, judgement in judged.items():
+        check = FOREIGN
+        if draw.kind == "twins":
+            check = "gradients" if name == "loss" or name.startswith("gradient ") else "logits"
+        entry = outcome.checks.setdefault(check, _entry())
+        _noted(entry, judgement.verdict)
+        sides: dict[str, Distance] = {"torch": judgement.torch}
+        if draw.compiled:
+            sides |= {"jax": judgement.jax, "pair": judgement.same}
+        for side, distance in sides.items():
+            values = list(distance.looks)
+            if distance.broken or distance.nonfinite:
+                values.append(("exact", math.inf))
+            for look, ratio in values:
+                value = ratio * THRESHOLDS.z
+                outcome.looks.append((side, look, value, name))
+                if value > entry["z"]:
+                    entry["z"], entry["where"] = value, f"{side}, {look}: {name}"
+        if judgement.verdict not in (Verdict.AGREE, Verdict.UNDETERMINED):
+            outcome.alarms.append(f"{judgement.verdict}: {name} of {draw.label}: {judgement.evidence}")
+        if judgement.verdict is Verdict.UNDETERMINED:
+            continue
+        noise = findings.values[name][3]
+        outcome.lost.append((judgement.lost, name))
+        if noise.kappa > 0:
+            outcome.conditioning.append((_rms(noise.sigma) / noise.kappa, name))
+        if draw.compiled:
+            outcome.dwarf.append((judgement.dwarf, name))
+        if judgement.smallest_seen > 0:
+            kind = _kind(name) if draw.kind == "twins" else f"foreign: {draw.program}"
+            outcome.power.append((kind, judgement.smallest_seen / THRESHOLDS.z))
+    return outcome
+
+
+def of_check(draw: Draw, result: CheckResult) -> Outcome:
+    """Every row that decides of one run of a check."""
+    outcome = _begun(draw)
+    outcome.error = result.error or ""
+    entry = outcome.checks.setdefault(draw.program, _entry())
+    for row in result.deciding:
+        _noted(entry, row.verdict)
+        name = f"{row.name}, {row.precision}"
+        if row.verdict not in (Verdict.AGREE, Verdict.UNDETERMINED):
+            outcome.alarms.append(f"{row.verdict}: {name} of {draw.label}: {row.evidence}")
+        # An infinite excess of what must be equal bit by bit is a verdict, and no distance.
+        value = row.excess if row.excess is not None and math.isfinite(row.excess) else 0.0
+        if _in_noise_units(row):
+            if value * THRESHOLDS.z > entry["z"]:
+                entry["z"], entry["where"] = value * THRESHOLDS.z, name
+        elif value > entry["share"]:
+            entry["share"], entry["share of"] = value, name
+    return outcome
+
+
+def _in_noise_units(row: Row) -> bool:
+    """Against the threshold of a tensor; other rows have a level of significance or an envelope."""
+    return any(z is not None for z in (row.z_same, row.z_jax, row.z_torch))
+
+
+@dataclass
+class Calibration:
+    """What the draws gave so far."""
+
+    seed: int
+    planned: int
+    outcomes: list[Outcome] = field(default_factory=list)
+    versions: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def told(self) -> list[Outcome]:
+        """Those that say something."""
+        return [o for o in self.outcomes if not o.tied and not o.error]
+
+    @property
+    def largest(self) -> float:
+        return max((o.largest[0] for o in self.told), default=0.0)
+
+    @property
+    def alarmed(self) -> int:
+        return sum(bool(o.alarms) for o in self.outcomes)
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON: quantiles per stratum, never the values themselves."""
+        told = self.told
+        twins = {kind: {o.configuration for o in told if o.kind == kind} for kind in ("twins", "checks")}
+        looks: dict[tuple[str, str, str, str], list[Told]] = _lists()
+        power: dict[tuple[str, str], list[float]] = _lists()
+        bugs: dict[str, list[float]] = _lists()
+        ratios: dict[str, dict[str, list[Told]]] = {"lost": _lists(), "conditioning": _lists(), "dwarf": _lists()}
+        for o in told:
+            for side, look, value, name in o.looks:
+                looks[o.kind, o.precision, side, look].append((value, f"{name} of {o.label}"))
+            for kind, value in o.power:
+                power[kind, o.precision].append(value)
+            for bug, value in o.bugs:
+                bugs[bug].append(value)
+            for what, groups in ratios.items():
+                if seen := getattr(o, what):
+                    groups[o.kind] += [(value, f"{name} of {o.label}") for value, name in seen]
+        per_draw = [o.largest[0] for o in told]
+        return _strict(
+            {
+                "command": f"parity calibrate --draws {self.planned} --seed {self.seed}",
+                "date": datetime.date.today().isoformat(),
+                "versions": self.versions,
+                "complete": len(self.outcomes) == self.planned,
+                "draws": len(told),
+                "tied": sum(o.tied for o in self.outcomes),
+                "configurations": len(twins["twins"]),
+                "configurations_compiled": len({o.configuration for o in told if o.kind == "twins" and o.compiled}),
+                "constants": len(twins["checks"]),
+                "tensors": sum(entry["tensors"] for o in told for entry in o.checks.values()),
+                "looks": sum(len(o.looks) for o in told),
+                "threads": dict(sorted(Counter(o.threads for o in told).items())),
+                "largest": max((o.largest for o in told), default=(0.0, "")),
+                "largest_per_draw": _quantiles(per_draw),
+                "verdicts": _verdicts(entry for o in told for entry in o.checks.values()),
+                "alarms": [alarm for o in self.outcomes for alarm in o.alarms],
+                "draws_alarmed": self.alarmed,
+                "alarm_limit_95": alarm_limit(self.alarmed, len(told)),
+                "alarms_at": THRESHOLDS.z,
+                "could_not_look": [f"{o.label}: {o.error}" for o in self.outcomes if o.error],
+                "checks": [self._check(name) for name in _listed(told)],
+                "strata": [
+                    dict(zip(("programs", "precision", "side", "look"), key)) | _ranked(values)
+                    for key, values in sorted(looks.items())
+                ],
+                "lost": {kind: _ranked(values) for kind, values in ratios["lost"].items()},
+                "sigma_over_kappa": {kind: _ranked(values) for kind, values in ratios["conditioning"].items()},
+                "dwarf": _ranked([value for values in ratios["dwarf"].values() for value in values]),
+                "smallest_error_per_z": [
+                    {"tensor": kind, "precision": precision} | _quantiles(values)
+                    for (kind, precision), values in sorted(power.items())
+                ],
+                "bugs": {
+                    bug: {"draws": len(values), "smallest": min(values), "median": float(np.median(values))}
+                    for bug, values in bugs.items()
+                },
+                "again": [
+                    {"label": o.label, "tensors": sum(e["tensors"] for e in o.checks.values()), "largest": o.largest[0]}
+                    for o in _first(told)
+                ],
+            }
+        )
+
+    def _check(self, name: str) -> dict[str, Any]:
+        """What one check scored in all its draws."""
+        seen = [o for o in self.told if name in o.checks]
+        entries = [o.checks[name] for o in seen]
+        alarmed = sum(bool(entry["alarms"]) for entry in entries)
+        return {
+            "check": name,
+            "draws": len(seen),
+            "configurations": len({o.configuration for o in seen}),
+            "tensors": sum(entry["tensors"] for entry in entries),
+            "verdicts": _verdicts(entries),
+            "largest": max((entry["z"], f"{entry['where']} of {o.label}") for o, entry in zip(seen, entries)),
+            "share": max((entry["share"], f"{entry['share of']} of {o.label}") for o, entry in zip(seen, entries)),
+            "draws_alarmed": alarmed,
+            "alarm_limit_95": alarm_limit(alarmed, len(seen)),
+        }
 
 
 def _lists() -> defaultdict[Any, list]:
     return defaultdict(list)
 
 
-@dataclass
-class Calibration:
-    """What the draws gave so far; every list holds look / quantile, so Z itself is not in it."""
+def _listed(told: Iterable[Outcome]) -> list[str]:
+    """The checks that were drawn, in the order of `parity list`, then the foreign pairs."""
+    from parity.checks import CHECKS
 
-    seed: int
-    planned: int
-    draws: list[str] = field(default_factory=list)
-    configurations: set = field(default_factory=set)
-    compiled: set = field(default_factory=set)
-    looks: dict[tuple[str, str, str, str], list[float]] = field(default_factory=_lists)
-    """(twins or foreign, precision, side, look) -> values."""
-    worst: dict[tuple[str, str, str, str], tuple[float, str]] = field(default_factory=dict)
-    per_draw: list[tuple[float, str]] = field(default_factory=list)
-    """Each draw's largest value."""
-    tensors: int = 0
-    verdicts: dict[str, int] = field(default_factory=dict)
-    alarms: list[str] = field(default_factory=list)
-    """Tensors that the thresholds in force did not let pass, with the evidence."""
-    alarmed: int = 0
-    """Draws with such a tensor."""
-    lost: dict[str, list[tuple[float, str]]] = field(default_factory=_lists)
-    conditioning: dict[str, list[tuple[float, str]]] = field(default_factory=_lists)
-    """sigma / kappa: not judged by itself, because the unit of a long sum is a left-to-right one."""
-    dwarf: list[tuple[float, str]] = field(default_factory=list)
-    power: dict[tuple[str, str], list[float]] = field(default_factory=_lists)
-    """(tensor kind, precision) -> smallest relative error seen, per unit of Z."""
-    bugs: dict[str, list[float]] = field(default_factory=_lists)
-    tied: list[str] = field(default_factory=list)
-    """Draws with an expert choice inside the noise: another choice is as right, so they say nothing."""
-    versions: dict[str, str | None] = field(default_factory=dict)
+    seen = {name for o in told for name in o.checks}
+    return [name for name in (*CHECKS, FOREIGN) if name in seen]
 
-    def take(self, draw: Draw, findings: Findings) -> None:
-        """Write down every tensor of one draw."""
-        if findings.ties:
-            self.tied.append(draw.label)
-            return
-        group = "twins" if draw.config is not None else "foreign"
-        largest, alarmed = (0.0, ""), False
-        self.draws.append(draw.label)
-        if draw.config is not None:
-            self.configurations.add(draw.config)
-            if draw.compiled:
-                self.compiled.add(draw.config)
-        judged = {**findings.outputs, **{f"tap {k}": v for k, v in findings.taps.items()}}
-        for name, judgement in judged.items():
-            where = f"{name} of {draw.label}"
-            self.tensors += 1
-            sides: dict[str, Distance] = {"torch": judgement.torch}
-            if draw.compiled:
-                sides |= {"jax": judgement.jax, "pair": judgement.same}
-            for side, distance in sides.items():
-                values = list(distance.looks)
-                if distance.broken or distance.nonfinite:
-                    values.append(("exact", math.inf))
-                for look, ratio in values:
-                    key, value = (group, draw.precision, side, look), ratio * THRESHOLDS.z
-                    self.looks[key].append(value)
-                    if value > self.worst.get(key, (-1.0, ""))[0]:
-                        self.worst[key] = value, where
-                    largest = max(largest, (value, f"{side}, {look}: {where}"))
-            noise = findings.values[name][3]
-            self.verdicts[str(judgement.verdict)] = self.verdicts.get(str(judgement.verdict), 0) + 1
-            if judgement.verdict not in ("AGREE", "UNDETERMINED"):
-                self.alarms.append(f"{judgement.verdict}: {where}: {judgement.evidence}")
-                alarmed = True
-            if judgement.verdict == "UNDETERMINED":
-                continue
-            self.lost[group].append((judgement.lost, where))
-            if noise.kappa > 0:
-                self.conditioning[group].append((_rms(noise.sigma) / noise.kappa, where))
-            if draw.compiled:
-                self.dwarf.append((judgement.dwarf, where))
-            if judgement.smallest_seen > 0:
-                kind = _kind(name) if draw.config is not None else f"foreign: {draw.program}"
-                self.power[kind, draw.precision].append(judgement.smallest_seen / THRESHOLDS.z)
-        self.alarmed += alarmed
-        self.per_draw.append(largest)
 
-    @property
-    def largest(self) -> float:
-        return max((value for value, _ in self.per_draw), default=0.0)
+def _first(told: Iterable[Outcome]) -> list[Outcome]:
+    """The first configuration of the twins, and the first draw of everything else: what a test makes again."""
+    first: dict[Any, Outcome] = {}
+    for o in told:
+        what = (o.kind, o.precision if o.kind == "twins" else tuple(o.checks))
+        first.setdefault(what, o)
+    return list(first.values())
 
-    def record(self) -> dict[str, Any]:
-        """Plain JSON: quantiles per stratum, never the values themselves."""
-        return _strict(
-            {
-                "command": f"parity calibrate --draws {self.planned} --seed {self.seed}",
-                "date": datetime.date.today().isoformat(),
-                "versions": self.versions,
-                "complete": len(self.draws) + len(self.tied) == self.planned,
-                "draws": len(self.draws),
-                "tied": len(self.tied),
-                "configurations": len(self.configurations),
-                "configurations_compiled": len(self.compiled),
-                "tensors": self.tensors,
-                "looks": sum(map(len, self.looks.values())),
-                "largest": max(self.per_draw, default=(0.0, "")),
-                "largest_per_draw": _quantiles([value for value, _ in self.per_draw]),
-                "verdicts": self.verdicts,
-                "alarms": self.alarms,
-                "draws_alarmed": self.alarmed,
-                "alarm_limit_95": alarm_limit(self.alarmed, len(self.draws)),
-                "alarms_at": THRESHOLDS.z,
-                "strata": [
-                    dict(zip(("programs", "precision", "side", "look"), key))
-                    | _quantiles(values)
-                    | {"where": self.worst[key][1]}
-                    for key, values in sorted(self.looks.items())
-                ],
-                "lost": {group: _ranked(values) for group, values in self.lost.items()},
-                "sigma_over_kappa": {group: _ranked(values) for group, values in self.conditioning.items()},
-                "dwarf": _ranked(self.dwarf),
-                "smallest_error_per_z": [
-                    {"tensor": kind, "precision": precision} | _quantiles(values)
-                    for (kind, precision), values in sorted(self.power.items())
-                ],
-                "bugs": {
-                    bug: {"draws": len(values), "smallest": min(values), "median": float(np.median(values))}
-                    for bug, values in self.bugs.items()
-                },
-            }
-        )
+
+def _verdicts(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for entry in entries:
+        total.update(entry["verdicts"])
+    return dict(total)
 
 
 def supported(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -364,7 +492,7 @@ def supported(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     largest = float(record["largest"][0])
     bounds = {"z": (MARGIN * largest, CEILING * MARGIN * largest)}
     for name, entries in (("unstable_ratio", record["lost"].values()), ("dwarf_ratio", [record["dwarf"]])):
-        low = RATIO_MARGIN * max(float(entry["max"]) for entry in entries)
+        low = RATIO_MARGIN * max((float(entry["max"]) for entry in entries), default=0.0)
         bounds[name] = low, RATIO_MARGIN * low
     return bounds
 
@@ -372,6 +500,7 @@ def supported(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 def objections(record: Mapping[str, Any]) -> list[str]:
     """What speaks against the thresholds in force, in sentences; too few draws may accuse, but not of slack."""
     found = [f"a correct program was not let pass: {alarm}" for alarm in record["alarms"]]
+    found += [f"a correct program could not be looked at: {words}" for words in record["could_not_look"]]
     for name, (low, high) in supported(record).items():
         value = getattr(THRESHOLDS, name)
         if value < low:
@@ -389,9 +518,18 @@ def alarm_limit(alarms: int, draws: int, level: float = 0.95) -> float:
 
 
 def calibrate(
-    draws: int = DRAWS, seed: int = 0, progress: Progress | None = None, into: Calibration | None = None
+    draws: int = DRAWS,
+    seed: int = 0,
+    progress: Progress | None = None,
+    into: Calibration | None = None,
+    journal: str | Path | None = None,
 ) -> Calibration:
-    """Run the planned draws; what is done stands in `into` even if the run is interrupted."""
+    """Run the planned draws; what is done stands in `into` even if the run is interrupted.
+
+    With `journal`, a file, each draw is written there as soon as it is done, and those that stand there are not run
+    again.
+    """
+    from parity.journal import Journal
     from parity.precision import manifest
     from parity.runner import prepare
 
@@ -400,24 +538,87 @@ def calibrate(
     result = Calibration(seed, draws) if into is None else into
     versions = manifest()["versions"]
     result.versions = {name: versions[name] for name in ("numpy", "scipy", "jax", "jaxlib", "flax", "torch")}
+    kept = Journal(journal, {"seed": seed, "versions": result.versions})
     tell = progress or (lambda *_: None)
-    prepared: tuple[Any, _Twins] | None = None
-    for done, draw in enumerate(planned):
-        tell(done, draws, draw.label)
-        if draw.config is None:
-            pair, weights, inputs = foreign_pairs(draw.seed, draw.program)[draw.program]
-            result.take(draw, _judge(pair)(weights, inputs, draw.precision))
-            gc.collect()  # a million elements and their draws
-            continue
-        if prepared is None or prepared[0] is not draw.config:
-            prepared = draw.config, _Twins(draw.config)
-        weights, inputs = prepared[1].inputs(draw)
-        result.take(draw, prepared[1].judge(draw.compiled)(weights, inputs, draw.precision))
-        if draw.precision == "float32":
-            for bug, value in prepared[1].bugs(draw, weights, inputs):
-                result.bugs[bug].append(value)
+    with Processes() as processes:
+        for done, draw in enumerate(planned):
+            tell(done, draws, draw.label)
+            outcome = kept.done.get(draw.label)
+            if outcome is None:
+                outcome = processes(draw)
+                kept.add(outcome)
+            result.outcomes.append(outcome)
     tell(draws, draws, "")
     return result
+
+
+class Processes:
+    """This process, and beside it one whose XLA has a single thread: how many there are is settled at its start."""
+
+    def __init__(self) -> None:
+        self.single: Any = None
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.single is not None:
+            self.single.shutdown(cancel_futures=True)
+
+    def __call__(self, draw: Draw) -> Outcome:
+        if not draw.xla_threads:
+            return outcome_of(draw)
+        import multiprocessing
+        import os
+        from concurrent.futures import ProcessPoolExecutor
+
+        if self.single is None:
+            context = multiprocessing.get_context("spawn")
+            self.single = ProcessPoolExecutor(1, mp_context=context, initializer=_begin)
+            before = os.environ.get(XLA_THREADS)
+            os.environ[XLA_THREADS] = "1"
+            try:
+                return self.single.submit(outcome_of, draw).result()
+            finally:
+                del os.environ[XLA_THREADS]
+                if before is not None:
+                    os.environ[XLA_THREADS] = before
+        return self.single.submit(outcome_of, draw).result()
+
+
+XLA_THREADS = "NPROC"
+"""What XLA's CPU client reads, once, for the number of its threads."""
+
+
+def _begin() -> None:
+    """Of the other process: Ctrl-C is for the first one."""
+    import multiprocessing
+    import os
+    import signal
+    import threading
+
+    from parity.runner import prepare
+
+    def follow() -> None:
+        first = multiprocessing.parent_process()
+        if first is not None:
+            first.join()
+        os._exit(1)  # it was killed
+
+    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare()
+
+
+_KEPT: dict[Any, Any] = {}
+
+
+def _prepared(config: Any) -> _Twins:
+    """The twins of one configuration, until another is asked for."""
+    if config not in _KEPT:
+        _KEPT.clear()
+        _KEPT[config] = _Twins(config)
+    return _KEPT[config]
 
 
 class _Twins:

@@ -20,6 +20,8 @@ import typer
 
 from parity import cache, checks
 from parity.errors import CannotLook, Misuse
+from parity.locate_command import locate
+from parity.mutants.by_rule_command import with_rules
 from parity.mutants.command import mutants
 
 if TYPE_CHECKING:
@@ -128,6 +130,16 @@ def run(
     figures: Annotated[
         str | None, typer.Option("--figures", metavar="DIR", help="Draw the training runs into this folder, as SVG.")
     ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="Look for inputs on which functions of the twins part; --only then names functions."
+        ),
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="N|Ns", help="With --search: evaluations per function, or seconds in all."),
+    ] = None,
 ) -> int:
     """Judge the twins and print one table.
 
@@ -136,6 +148,17 @@ def run(
     from parity import runner
     from parity.report import json_file as json_report
 
+    only_names = tuple(name for item in only or () for name in _split(item))
+    if search:
+        given = {"config": config, "checkpoint": checkpoint, "text": text, "audio": audio, "image": image}
+        given |= {"device": device != "cpu", "matmul": matmul != "default", "full": full, "figures": figures}
+        for name in [name for name, value in given.items() if value]:
+            raise Misuse(f"--{name}: not with --search, which makes its own inputs on the CPU; leave it out")
+        from parity import search_command
+
+        return search_command.run(only_names, budget, seed, _split(precision), json_file)
+    if budget is not None:
+        raise Misuse(f"--budget {budget}: only a search has one; add --search or leave it out")
     scope = checks.Scope(
         configs=tuple(config or ()),
         precisions=_split(precision),
@@ -147,7 +170,6 @@ def run(
         seed=seed,
         full=full,
     )
-    only_names = tuple(name for item in only or () for name in _split(item))
     runner.validate(scope, only_names, matmul)
     if json_file is not None:
         json_report.check_writable(json_file)
@@ -344,6 +366,10 @@ def calibrate_thresholds(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the record to this file as well.")
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="FILE", help="Keep every draw in this file, and go on from those it holds."),
+    ] = None,
 ) -> int:
     """Measure what correct programs score in noise units, and what the thresholds may therefore be.
 
@@ -355,14 +381,16 @@ def calibrate_thresholds(
 
     if json_file is not None:
         json_report.check_writable(json_file)
+    if resume is not None:
+        json_report.check_writable(resume, "--resume")
     wanted = calibrate.DRAWS if draws is None else draws
     result, ended = calibrate.Calibration(seed, wanted), True
     try:
         with _plain_progress() as progress:
-            calibrate.calibrate(wanted, seed, progress, result)
+            calibrate.calibrate(wanted, seed, progress, result, resume)
     except KeyboardInterrupt:
         ended = False
-    if not result.draws:
+    if not result.told:
         return _complain("could not look: no draw was finished", CANNOT_LOOK)
     record = result.record()
     # Not through the console: its line breaks would spoil the tables.
@@ -373,7 +401,7 @@ def calibrate_thresholds(
     for objection in objections:
         print(f"parity: {objection}", file=sys.stderr)
     if not ended:
-        print(f"parity: interrupted after {len(result.draws)} of {wanted} draws", file=sys.stderr)
+        print(f"parity: interrupted after {len(result.outcomes)} of {wanted} draws", file=sys.stderr)
     return DISAGREE if objections else AGREE if ended else CANNOT_LOOK
 
 
@@ -442,7 +470,8 @@ def _plain_progress() -> Iterator[Callable[[int, int, str], None]]:
         yield progress
 
 
-app.command()(_guarded(mutants))
+app.command()(_guarded(with_rules(mutants)))
+app.command()(_guarded(locate))
 
 
 def _version(asked: bool) -> None:

@@ -23,12 +23,15 @@ __all__ = [
     "REGIMES",
     "SHAPE",
     "Twins",
+    "calls_batch",
     "clear_experts",
     "configuration",
     "far_positions",
     "load_twins",
+    "loud_weights",
     "random_weights",
     "stress_batch",
+    "tied_weights",
     "twins",
     "weights_of",
 ]
@@ -40,6 +43,8 @@ REGIMES = ("fresh", "randomised", "trained")
 SHAPE = (6, 11)
 """Batch and length of the stress batch; the length is unlike every other size of the models."""
 STEPS = 50
+TINY, HUGE, OFFSET = np.float32(1e-3), np.float32(1e4), np.float32(100.0)
+"""What `loud_weights` does to embeddings: far below the root of eps, far beyond every branch, far from a mean of 0."""
 
 _SMALL = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 40, "dropout": 0.1, "rope_theta": 10000.0, "ctx_len": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -243,14 +248,29 @@ def random_weights(config: Any, seed: int) -> dict[str, np.ndarray]:
 def loud_weights(config: Any, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The first head of the first block louder still: scores pass ±50, where a clamp would show.
 
+    And embeddings of every size: PAD's are 0 (not where there are experts), and of the other ids each in turn has tiny
+    ones (next to which eps is large), huge ones, ones with an offset, and ordinary ones.
+
     For calls in float64 only: in bfloat16 a softmax with such scores is as good as a choice, and the backward pass of
     torch's fused attention (which recomputes p from the log-sum-exp) errs by u·|score| there, not by u.
     """
     loud = dict(weights)
+    table = weights["tok_emb.weight"].copy()
+    if not config.use_moe:  # an expert's share of nothing is a tie within the noise, which would excuse a difference
+        table[0] = 0.0
+    table[1::4] *= TINY
+    table[2::4] *= HUGE
+    table[3::4] += OFFSET
+    loud["tok_emb.weight"] = table
     key = next(k for k in ("blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight") if k in weights)
     loud[key] = weights[key].copy()
     loud[key][: config.head_dim] *= 16.0
     return loud
+
+
+def tied_weights(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every router's weights 0: all experts are tied exactly, for every token."""
+    return {k: np.zeros_like(v) if "router" in k else v for k, v in weights.items()}
 
 
 @functools.lru_cache(maxsize=16)
@@ -329,6 +349,12 @@ def stress_batch(
         tokens = np.where(mask | (np.arange(B) == 3)[:, None], tokens, 0).astype(np.int32)
         # A PAD that is attended to is an ordinary token, with a gradient of its own; as a target it is ignored.
         tokens[0, 5] = 0
+        # So are EOS and BOS, as inputs and as targets: a document ends in the row, and the next one begins. One whose
+        # experts are tied, whatever stands before it, is left out again.
+        if draws[0] % 4 < 2:
+            tokens[0, 7] = min(2, config.vocab_size - 1)
+        if draws[0] % 4 in (0, 2):
+            tokens[0, 8] = min(1, config.vocab_size - 1)
         targets = np.zeros_like(tokens)
         targets[:, :-1] = np.where(mask[:, :-1] & mask[:, 1:], tokens[:, 1:], 0)
         batch = (tokens, targets, mask, positions)
@@ -337,6 +363,16 @@ def stress_batch(
             break
         draws = draws + ~settled
     return batch
+
+
+def calls_batch(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, attention mask, far positions) of the calls of other shapes; their mask has gaps as well.
+
+    Padding at an end moves all positions by the same step, which RoPE does not feel; a gap between tokens it does.
+    """
+    gaps = mask.copy()
+    gaps[4, [2, 6]] = False
+    return tokens, gaps, far_positions()
 
 
 def far_positions() -> np.ndarray:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,10 @@ from parity.result import Row, row_from_judgement
 from parity.sides import JaxSide, TorchSide, as_inputs
 from parity.verdict import THRESHOLDS, Judgement, Noise, Thresholds, Verdict, judge_tensor
 
-__all__ = ["Findings", "Judge"]
+__all__ = ["WATCHERS", "Findings", "Judge"]
+
+WATCHERS: list[Callable[[Judge, Mapping[str, np.ndarray], Sequence[Any], Findings], None]] = []
+"""Who is told of every comparison: (judge, weights, inputs, findings). Whoever looks for the cause of a failure."""
 
 
 @dataclass
@@ -135,6 +138,7 @@ class Judge:
         unknown = [name for name in origin or {} if name not in jax_out]
         if unknown:
             raise CannotLook(f"origin: {', '.join(unknown)} is not returned; known: {', '.join(jax_out)}")
+        rounded = {name: _rms(reference[name]) for name in origin or {}}
         for name, start in (origin or {}).items():
             jax_out[name], torch_out[name] = jax_out[name] - start, torch_out[name] - start
             reference[name] = reference[name] - start
@@ -155,8 +159,9 @@ class Judge:
             if pins and pin is None:  # the pin is on the torch side only: its noise is taken as that of float32
                 pin = own_noise.scaled(unit_roundoff("float32"))
             judgement = judge_tensor(
-                ours, theirs, truth, own_noise, unit, noisy_reference=wide, pins=pins, pinned=pin, limits=self.limits
-            )
+                ours, theirs, truth, own_noise, unit, noisy_reference=wide, pins=pins, pinned=pin,
+                rounded=rounded.get(name, 0.0), limits=self.limits,
+            )  # fmt: skip
             if ties and judgement.verdict is Verdict.DIFFER:
                 words = (
                     f"{ties} top-k choices are ties within the noise, another choice is as right; {judgement.evidence}"
@@ -189,7 +194,10 @@ class Judge:
         if pins:
             notes.append(f"pins (rounded inside a float64 run): {', '.join(pins)}")
         device = "cpu" if wide else self.device
-        return Findings(precision, device, outputs, taps, shapes, notes, ties, values, frozenset(excused))
+        found = Findings(precision, device, outputs, taps, shapes, notes, ties, values, frozenset(excused))
+        for watcher in WATCHERS:
+            watcher(self, weights, inputs, found)
+        return found
 
     def _named(self, model: NoiseModel) -> tuple[dict[str, np.ndarray], dict[str, Noise], dict[str, Noise]]:
         import jax
@@ -220,6 +228,10 @@ class Judge:
             )
         if not left:
             raise CannotLook("nothing was compared: the functions returned no arrays")
+
+
+def _rms(array: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(array)))) if np.size(array) else 0.0
 
 
 def _same_values(left: Any, right: Any) -> bool:

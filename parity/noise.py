@@ -350,7 +350,7 @@ class _Run:
                 self.pins.setdefault(_where(typed))
             name = typed.primitive.name
             if own > self.single and name in ACCUMULATES:
-                # Products of narrow types are summed in float32 and rounded once (rule 3 of the noise model).
+                # Products of narrow types are summed in float32 and rounded once.
                 var = var * self.single**2 + np.square(own * out) / 3
                 std = np.sqrt(var) / self.unit
             else:
@@ -457,7 +457,9 @@ class _Run:
 
 
 CASTS = {"convert_element_type", "reduce_precision"}
-ACCUMULATES = {"dot_general", "conv_general_dilated", "reduce_sum", "reduce_window_sum"}
+ACCUMULATES = {"dot_general", "conv_general_dilated"}
+"""Sums of narrow numbers that are no products are not among them: XLA's CPU adds them up as they are. (jnp.sum says
+itself that they are to be widened; what JAX makes of a broadcast in the backward pass does not.)"""
 
 
 @lru_cache(maxsize=64)

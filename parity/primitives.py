@@ -54,7 +54,15 @@ def _multiply(eqn, inputs, outputs):
     a, b = inputs
     if outputs[0].dtype.kind == "c":  # four products and two sums
         return 2 * _squared(outputs[0]) / 3
-    return np.where(_power_of_two(a) | _power_of_two(b), 0.0, np.square(outputs[0]) / 3)
+    x, y = (_rounded_literal(atom) for atom in eqn.invars)
+    exact = (_power_of_two(a) & (not y)) | (_power_of_two(b) & (not x))
+    return np.where(exact, 0.0, np.square(outputs[0]) / 3)
+
+
+def _rounded_literal(atom) -> bool:
+    """A constant in the source that float32 cannot hold: 0.1 has been rounded before 0.1 · 2 is taken."""
+    value = getattr(atom, "val", None)
+    return value is not None and np.ndim(value) == 0 and float(np.float32(value)) != float(value)
 
 
 def _divide(eqn, inputs, outputs):

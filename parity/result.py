@@ -61,6 +61,8 @@ class CheckResult:
     error: str | None = None
     """Why the check could not look (a crashed side, nothing compared); None when it did."""
     seconds: float = 0.0
+    located: str = ""
+    """Of a failed check: where the sides part, which one left the reference, and why, as far as that was found."""
     series: dict[str, list[float]] = field(default_factory=dict)
     """Curves for a picture, by name, all over the same steps: what the trajectory check saw, and its envelope."""
 

@@ -67,13 +67,23 @@ def _has_precision(name: str, scope: Scope) -> bool:
 
 
 def _run_checks(names: list[str], scope: Scope, progress: RunProgress) -> tuple[list[CheckResult], list[str]]:
+    from parity.locate import watched
+
     results: list[CheckResult] = []
+    models: list[Any] = []
+    """What parted in the runs that the checks of models share: the first of them makes it."""
     for position, name in enumerate(names):
         started = time.perf_counter()
         try:
             progress(name, 0, 0, "")
-            results.append(_run_check(name, scope, progress))
+            with watched() as compared:
+                results.append(_run_check(name, scope, progress))
             results[-1].seconds = time.perf_counter() - started
+            if name in checks.OF_MODELS:
+                models = compared = compared or models
+            if results[-1].exit_code == 1:
+                progress(name, 0, 0, "looking for the cause")
+                results[-1].located = _located(results[-1], compared)
         except KeyboardInterrupt:
             finished = ", ".join(names[:position]) or "no check"
             results.append(CheckResult(name, error="interrupted by Ctrl-C before it ended"))
@@ -104,6 +114,20 @@ def _run_check(name: str, scope: Scope, progress: RunProgress) -> CheckResult:
         if debugging():
             raise
         return CheckResult(name, error=f"{type(error).__name__}: {_short(str(error))} ({DEBUG_HINT})")
+
+
+def _located(result: CheckResult, compared: list[Any]) -> str:
+    """Where the sides part, which one left, and the diagnosis; an explanation that fails is no failure of the run."""
+    from parity.locate import found_in
+
+    try:
+        # The library of bugs is left to `parity locate`: it exchanges code, and what the checks share would be lost.
+        found = found_in(compared, result.rows, model=False)
+        return "" if found is None else found.sentence
+    except Exception as error:
+        if debugging():
+            raise
+        return f"no cause was looked for: {type(error).__name__}: {_short(str(error))} ({DEBUG_HINT})"
 
 
 DEBUG_HINT = "set PARITY_DEBUG=1 for the traceback"

@@ -69,6 +69,8 @@ class Thresholds:
     """One side's error this many times the other's: not the same arithmetic, even where both are within noise."""
     tie: float = 4.0
     """A choice whose margin is within this many of its noise units could as well have gone the other way."""
+    explained: float = 0.9
+    """A cause is named if it leaves noise only, or explains this share of the residual (of its squares)."""
 
 
 THRESHOLDS = Thresholds()
@@ -344,12 +346,15 @@ def judge_tensor(
     noisy_reference: bool = False,
     pins: tuple[str, ...] = (),
     pinned: Noise | None = None,
+    rounded: float = 0.0,
     limits: Thresholds = THRESHOLDS,
 ) -> Judgement:
     """Judge one tensor of both sides against its float64 reference; `noise` is per unit roundoff.
 
     `noisy_reference` says that the sides run in the reference's own precision, so that the reference errs as they do.
     `pins` names float32 roundings found inside a float64 run, `pinned` the noise (absolute) that they bring.
+    `rounded` is the size (RMS) of what the sides rounded, if they rounded something else than what is judged:
+    positions, whose displacements these are.
     """
     reference = np.asarray(reference, np.float64)
     error_jax, error_torch, apart = subtract(jax, reference), subtract(torch, reference), subtract(jax, torch)
@@ -366,7 +371,7 @@ def judge_tensor(
     # accuse every long sum, because the unit is a left-to-right one: the error must have been made, too.
     owed = math.hypot(noise.kappa, size / math.sqrt(3.0))
     lost = min(_rms(noise.sigma), wrong[1] / unit_roundoff) / owed if owed > 0 and noise.kappa > 0 else 0.0
-    floor = unit_roundoff * size
+    floor = unit_roundoff * max(size, rounded)  # below it an error is as small as it is by luck
     dwarf = max(wrong[1], floor) / max(wrong[0], floor) if apart.size >= 64 and max(wrong[0], floor) > 0 else 0.0
 
     def ruling() -> tuple[Verdict, str]:

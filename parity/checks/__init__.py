@@ -38,6 +38,8 @@ CHECKS = (
     "vision-encoder",
     "fusion",
     "omni",
+    "tokenizer",
+    "checkpoint",
 )
 """In the order in which they run and are listed."""
 

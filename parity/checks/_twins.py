@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,18 @@ from parity.fixtures import (
     CONFIGS,
     REGIMES,
     Twins,
+    calls_batch,
     clear_experts,
-    far_positions,
     loud_weights,
     stress_batch,
+    tied_weights,
     twins,
     weights_of,
 )
 from parity.judge import Findings, Judge
 from parity.precision import resolve_device
-from parity.result import Control
-from parity.verdict import Verdict, accepts
+from parity.result import Control, Row, row_from_judgement
+from parity.verdict import THRESHOLDS, Verdict, accepts, judge_tensor
 
 __all__ = ["Case", "cases", "eps_control", "simple_controls"]
 
@@ -45,6 +47,8 @@ class Case:
     main: Findings
     calls: Findings | None
     """The calls of other shapes (T = 1, far positions ...): in float64, in one regime."""
+    tied: Row | None = None
+    """Those with tied experts, where there are experts."""
 
 
 @dataclass
@@ -79,7 +83,11 @@ def _prepare(scope: Scope, config: str) -> _Prepared:
         shared = {"draws": scope.draws, "seed": scope.seed, "devices": devices, "device": scope.device}
         named = scope.configs[0] if scope.configs else None
         made = twins(config, checkpoint_config(scope.checkpoint, named) if scope.checkpoint else None)
-        _PREPARED[key] = _Prepared(made, Judge(made.pair, **shared), Judge(made.calls, shares=False, **shared))
+        # With loud scores at far positions a single near tie of two keys has nearly all of a tensor's error, and which
+        # side has more of it is luck: that one errs more says nothing here.
+        loud = replace(THRESHOLDS, dwarf_ratio=math.inf)
+        calls = Judge(made.calls, shares=False, limits=loud, **shared)
+        _PREPARED[key] = _Prepared(made, Judge(made.pair, **shared), calls)
     return _PREPARED[key]
 
 
@@ -89,13 +97,24 @@ def _case(scope: Scope, config: str, regime: str, precision: str) -> Case:
         prepared = _prepare(scope, config)
         weights, batch = _inputs(scope, config, regime)
         main = prepared.judge(weights, batch, precision)
-        calls = None
+        calls = tied = None
         regimes = scope.regimes or (("trained",) if scope.checkpoint else REGIMES)
         if precision == "float64" and regime == ("randomised" if "randomised" in regimes else regimes[0]):
             loud = loud_weights(prepared.twins.config, weights)
-            calls = prepared.calls(loud, (batch[0], batch[2], far_positions()), precision)
-        _CASES[key] = Case(config, regime, precision, main, calls)
+            others = calls_batch(batch[0], batch[2])
+            calls = prepared.calls(loud, others, precision)
+            if prepared.twins.config.use_moe:
+                tied = _tied(prepared.calls(tied_weights(weights), others, precision), config, regime)
+        _CASES[key] = Case(config, regime, precision, main, calls, tied)
     return _CASES[key]
+
+
+def _tied(found: Findings, config: str, regime: str) -> Row:
+    """Of experts that are equal to the bit the lowest are chosen: nothing is excused as a tie within the noise."""
+    ours, theirs, truth, noise = found.values["default positions"]
+    judgement = judge_tensor(ours, theirs, truth, noise, _unit("float64"), noisy_reference=True)
+    fields = {"check": "logits", "config": config, "regime": regime, "precision": "float64", "device": found.device}
+    return row_from_judgement(judgement, name="tied experts", shape=truth.shape, **fields)
 
 
 @lru_cache(maxsize=64)

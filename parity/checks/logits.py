@@ -12,12 +12,13 @@ __all__ = ["BLIND", "CLAIM", "CONTROLS", "run"]
 CLAIM = (
     "On the same weights and inputs both ThinkerLMs compute the same logits, and the same output of every named "
     "sub-module before them: the same function in float64, and each as near to the float64 reference as its working "
-    "precision allows."
+    "precision allows. Of tied experts the lowest are chosen, a token id out of range is refused (inside jit: NaN), "
+    "and in bfloat16 norms and angles keep their statistics in float32 and round once."
 )
 BLIND = (
     "Inputs that were not tried: the verdict holds for the batches of parity/fixtures.py (left and right padding, "
     "fully masked rows, T = 1; positions beyond 4,000 and scores beyond ±50 in float64 only). Training mode; decoding "
-    "with a cache; (B, T, T) masks. In bfloat16: whether statistics were kept in float32. A mistake that both twins "
+    "with a cache; (B, T, T) masks. In bfloat16: whether softmax was taken in float32. A mistake that both twins "
     "share: the frozen reference numbers in tests/golden stand against that."
 )
 CONTROLS = {
@@ -25,11 +26,13 @@ CONTROLS = {
     "sign flipped": "the tensor with its sign flipped",
     "another tensor": "another tensor of the same shape",
     "eps 1e-6": "RMSNorm's eps a tenth of what it is; beside it, whether np.allclose on float32 logits at 1e-3 sees it",
+    "rounds twice": "in bfloat16, a norm's scale applied after the cast",
 }
 
 
 def run(scope: Scope, progress: Progress) -> CheckResult:
     """Judge logits and taps of every case of `scope`."""
+    from parity.checks._edges import edges
     from parity.checks._twins import cases, eps_control, simple_controls
 
     started = time.perf_counter()
@@ -40,12 +43,15 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
         result.rows += case.main.rows("logits", case.config, case.regime, names)
         if case.calls is not None:
             result.rows += case.calls.rows("logits", case.config, case.regime)
+        result.rows += [case.tied] if case.tied is not None else []
         result.notes += [f"{case.config}, {case.regime}, {case.precision}: {n}" for n in case.main.notes if "pins" in n]
+    rows, shown = edges(scope)
+    result.rows += rows
     if scope.controls:
         result.controls = simple_controls(
             seen, ("zeros", "sign flipped", "another tensor"), lambda name: name == "logits" or name.startswith("tap ")
         )
         bug = eps_control(scope, seen, "logits")
-        result.controls += [bug] if bug else []
+        result.controls += [*([bug] if bug else []), *shown]
     result.seconds = time.perf_counter() - started
     return result

@@ -9,22 +9,28 @@ from typing import Any
 import numpy as np
 
 from parity.checks import Progress, Scope
-from parity.result import CheckResult, Control
+from parity.result import CheckResult, Control, Row
+from parity.verdict import THRESHOLDS, Verdict
 
 __all__ = ["BLIND", "CLAIM", "CONTROLS", "RECIPE", "SCHEDULES", "problem", "run"]
 
 CLAIM = (
     "Both twins clip the same gradients to the same values, take the same learning rate at every step from 0 to beyond "
     "the last one (of schedules of 1,000 steps too), and move every parameter by the same displacement, as a third "
-    "implementation in extended precision does."
+    "implementation in extended precision does. In both, matrices and embeddings decay, scales and biases do not."
 )
-BLIND = "Gradients of a model (they are given here; the gradients check has them); accumulation; other schedules."
+BLIND = (
+    "Gradients of a model (they are given here; the gradients check has them); other schedules. The trainers' own "
+    "learning rates under accumulation: torch's in the default run, JAX's too with --full."
+)
 CONTROLS = {
     "no update": "zeros in place of each tensor",
     "sign flipped": "each tensor with its sign flipped",
     "clip without 1e-6": "optax's clipping, which divides by the norm alone (goodfire-ai/spd#643)",
     "schedule one step on": "the learning rate of the next step (torchtitan#1010)",
     "decay_steps with warm-up": "the cosine counted over max_steps instead of max_steps - warm-up (optax#835)",
+    "everything decays": "scales and biases decay too",
+    "micro-batches counted": "the schedule goes on with every micro-batch (maxtext#3452)",
 }
 RECIPE = {"lr": 1e-2, "warmup_steps": 3, "max_steps": 10, "max_norm": 1.0}
 MIN_RATIO, BETAS, EPS, DECAY = 0.1, (0.9, 0.999), 1e-8, 0.1
@@ -106,11 +112,98 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
             result.controls += _controls(findings, by_step, rates, precision)
             result.controls += _schedule_controls(whole, counts, precision)
     progress(1, 1, "")
+    if precisions:
+        _decay(scope, result)
+        _trainers(scope, result)
     if not precisions:
         result.error = f"recipe looks at {' and '.join(PRECISIONS)} only; ask for one of them with --precision"
     result.controls = merge(result.controls)
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _decay(scope: Scope, result: CheckResult) -> None:
+    """Both twins' decay masks of a model against the rule in words."""
+    import jax
+    from flax import nnx
+
+    import omni_jax.optim
+    import omni_jax.thinker
+    import omni_torch.optim
+    import omni_torch.thinker
+    from parity.checks._encoders import merged
+
+    size = {"vocab_size": 11, "n_layers": 1, "d_model": 8, "n_heads": 2, "d_ff": 6, "use_swiglu": False}
+    module = omni_torch.thinker.ThinkerLM(**size)
+    wanted = {k: "norm" not in k and "bias" not in k for k, _ in module.named_parameters()}
+    template, _ = merged(lambda: omni_jax.thinker.ThinkerLM(**size, rngs=nnx.Rngs(0)))
+    params = {path: variable.get_value() for path, variable in nnx.to_flat_state(template)}
+    leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+    masks = {"torch": omni_torch.optim.decay_mask(module)}
+    named = omni_jax.optim.decay_mask({".".join(map(str, path)): value for path, value in params.items()})
+    masks["jax"] = {
+        f"{name.rpartition('.')[0]}.{leaf[name.rpartition('.')[2]]}": bool(decays)
+        for name, decays in jax.tree.map(bool, named).items()
+    }
+
+    def wrong(mask: Mapping[str, bool]) -> list[str]:
+        return sorted(k for k in wanted | dict(mask) if mask.get(k) is not wanted.get(k))
+
+    for side in ("jax", "torch"):
+        found = wrong(masks[side])
+        verdict = Verdict.DIFFER if found else Verdict.AGREE
+        words = f"{len(found)} of {len(wanted)} tensors wrong, first {found[0]}" if found else f"{len(wanted)} tensors"
+        result.rows.append(Row("recipe", "", "decay mask", "", f"decay mask ({side})", verdict, words))
+    if scope.controls:
+        found = wrong(dict.fromkeys(wanted, True))
+        result.controls.append(
+            Control("everything decays", bool(found), f"wrong on {len(found)} of {len(wanted)} tensors")
+        )
+
+
+TRAINED = {"lr": 1e-2, "warmup_steps": 1, "max_steps": 6, "batch_size": 2, "gradient_accumulation_steps": 3}
+UPDATES = 4
+
+
+def _trainers(scope: Scope, result: CheckResult) -> None:
+    """What a trainer that accumulates says of its first updates: their learning rates, and the tokens in each."""
+    import importlib
+    import json
+    import tempfile
+    from pathlib import Path
+
+    from parity import oracle
+    from parity.precision import unit_roundoff
+
+    lr, warm, last = TRAINED["lr"], TRAINED["warmup_steps"], TRAINED["max_steps"]
+    size: dict[str, Any] = {"vocab_size": 11, "n_layers": 1, "d_model": 4, "n_heads": 2, "d_ff": 4, "ctx_len": 6}
+    ids = np.random.default_rng([scope.seed, 97]).integers(3, size["vocab_size"], 400)
+    ids[::9] = 1  # documents begin
+    tokens = TRAINED["batch_size"] * TRAINED["gradient_accumulation_steps"] * size["ctx_len"]
+
+    def rates(stride: int) -> np.ndarray:
+        return np.array([float(lr * oracle.factor(i * stride, warm, last, 0.1)) for i in range(UPDATES)])
+
+    def apart(found: np.ndarray) -> bool:
+        # Written down as float32; the peak is what rounding is relative to.
+        return bool((np.abs(found - rates(1)) > THRESHOLDS.z * unit_roundoff("float32") * lr).any())
+
+    for side in ("jax", "torch") if scope.full else ("torch",):
+        package = importlib.import_module(f"omni_{side}.training")
+        with tempfile.TemporaryDirectory() as folder:
+            config, train = package.ThinkerConfig(**size), package.TrainConfig(**TRAINED, print_freq=1)
+            package.Trainer(config, train, ids, ids[:0], Path(folder) / "run", quiet=True).run(until=UPDATES)
+            lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        said = [json.loads(line) for line in lines]
+        found, counts = np.array([line["lr"] for line in said]), [line["tokens"] for line in said]
+        wrong = found.shape != (UPDATES,) or apart(found) or counts != [tokens] * UPDATES
+        words = f"learning rates {', '.join(f'{x:.3g}' for x in found)}; {', '.join(map(str, counts))} tokens"
+        words += f"; not {', '.join(f'{x:.3g}' for x in rates(1))} and {tokens} each" if wrong else ""
+        verdict, name = Verdict.DIFFER if wrong else Verdict.AGREE, f"learning rate under accumulation ({side})"
+        result.rows.append(Row("recipe", "", "trainer", "", name, verdict, words))
+    if scope.controls:
+        seen = apart(rates(TRAINED["gradient_accumulation_steps"]))
+        result.controls.append(Control("micro-batches counted", seen, "rejected" if seen else "passed"))
 
 
 def _outputs(names: Sequence[str], rates: Any, norms: Any, clipped: Any, params: Any) -> dict[str, Any]:

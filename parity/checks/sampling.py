@@ -22,6 +22,7 @@ import numpy as np
 
 from parity import statistics as st
 from parity.checks import Progress, Scope
+from parity.errors import CannotLook
 from parity.result import CheckResult, Control, Row
 from parity.verdict import THRESHOLDS, Noise, Verdict
 
@@ -456,6 +457,8 @@ def _uniforms(scope: Scope, made: Truth, p: np.ndarray, dtype: Any) -> tuple[np.
     uniforms = rng.random((len(p), UNIFORMS), np.float32)
     uniforms[:, 0], uniforms[:, 1] = 0.0, np.nextafter(np.float32(1), np.float32(0))
     uniforms[:, 2] = np.floor(uniforms[:, 2] * FLAT) / FLAT  # boundaries of the flat rows
+    # Distributions need not sum to 1; these factors leave every sum as exact, or as noisy, as it was.
+    p = p * np.array([1.0, 0.25, 8.0], dtype)[np.arange(len(p)) % 3][:, None]
     largest = p.max(1, keepdims=True)
     exact = ((p == 0) | (p == largest)).all(1) & (np.frexp(largest)[0] == 0.5)[:, 0]
     return np.repeat(p, UNIFORMS, 0), uniforms.reshape(-1).astype(dtype), np.repeat(exact, UNIFORMS)
@@ -467,7 +470,8 @@ def _given_uniforms(scope: Scope, both: Sequence[Side], precision: str, result: 
     _, dtype, unit = _computed_in(precision)
     p, uniforms, exact = _uniforms(scope, made, made.p.astype(dtype), dtype)
     ids, gap = _inverse(p.astype(np.float64), uniforms.astype(np.float64))
-    near = gap <= THRESHOLDS.tie * np.repeat(made.noise_cdf.sigma, UNIFORMS, 0) * unit
+    scale = p.astype(np.float64).sum(1, keepdims=True)
+    near = gap <= THRESHOLDS.tie * np.repeat(made.noise_cdf.sigma, UNIFORMS, 0) * scale * unit
     tied = near.any(1) & ~exact
     found = {side.name: side.draw(p, uniforms, precision) for side in both}
 
@@ -537,6 +541,8 @@ CONFIG: dict[str, Any] = {
 PROMPTS = [[1, 7, 9, 20], [1, 5], [1, 11, 12]]
 NEW_TOKENS = 9
 SHARED = Setting(temperature=0.9, penalty=1.2)
+CERTAIN = 0.95
+"""Of DRAWS draws enough must go to other ids."""
 OWN = (Setting(temperature=1.3, top_k=12, top_p=0.95), Setting(temperature=0.7, top_p=0.8))
 """Of each twin's own draws."""
 
@@ -637,11 +643,17 @@ def _own(scope: Scope, model: Any, module: Any, result: CheckResult) -> None:
     import omni_jax.generation
     import omni_torch.generation
 
-    prompt = PROMPTS[0]
+    # The first text after which no id is all but certain: of a certain one nothing can be counted.
+    texts = [PROMPTS[0], *([1, i] for i in range(2, CONFIG["vocab_size"]))]
     with torch.no_grad():
         wide = next(module.parameters()).device
-        logits = module.to("cpu").double()(torch.tensor([prompt]))[:, -1].numpy()
+        module.to("cpu").double()
+        after = ((text, module(torch.tensor([text]))[:, -1].numpy()) for text in texts)
+        open_ = lambda x: all(oracle(x, setting)[0].max() < CERTAIN for setting in OWN)  # noqa: E731
+        prompt, logits = next((pair for pair in after if open_(pair[1])), (PROMPTS[0], None))
         module.float().to(wide)
+    if logits is None:
+        raise CannotLook("the small model is all but certain after every text: of own draws nothing can be counted")
     generators = {
         "jax": lambda **more: omni_jax.generation.generate(model, prompt, 1, **more),
         "torch": lambda **more: omni_torch.generation.generate(module, prompt, 1, **more),

@@ -204,10 +204,11 @@ def _judged(
     verdicts = {}
     for name, reference in truth.items():
         tensor, _, what = name.partition(": ")
-        sides, own = [ours[name], theirs[name]], noise[name]
+        sides, own, rounded = [ours[name], theirs[name]], noise[name], 0.0
         open_ = np.zeros(reference.shape, bool)
         if what == "displacement":
-            sides = [x - state[f"p.{tensor}"] for x in sides]
+            start = state[f"p.{tensor}"]
+            sides, rounded = [x - start for x in sides], float(np.sqrt(np.mean(np.square(start))))
             grad = noise[f"{tensor}: gradient"]
             reach = threshold(1, max(reference.size, 1), grad.dof)
             open_ = undetermined_moves(truth[f"{tensor}: v"], grad.sigma * unit * reach, number + 1)
@@ -215,7 +216,7 @@ def _judged(
         clear = [np.where(open_, reference, x) for x in sides]
         narrow = own.scaled(unit_roundoff("float32")) if pins else None
         judgement = judge_tensor(
-            clear[0], clear[1], reference, own, unit, noisy_reference=wide, pins=pins, pinned=narrow
+            clear[0], clear[1], reference, own, unit, noisy_reference=wide, pins=pins, pinned=narrow, rounded=rounded
         )
         judgement = _with_open(judgement, open_, sides, reference, number)
         verdicts[name] = judgement.verdict

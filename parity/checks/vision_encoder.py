@@ -53,7 +53,7 @@ def problems(scope: Scope) -> list[Any]:
     for name in CONFIGS if scope.full else list(CONFIGS)[:1]:
         module, problem = _problem(name, scope.seed)
         weights = random_tensors(module, scope.seed)
-        weights["pos"][0, 3] += OFFSET
+        weights["pos"][0, -1] += OFFSET
         found.append(problem("randomised", weights))
         if scope.full:
             found.append(problem("fresh", {k: v.detach().numpy().copy() for k, v in module.named_parameters()}))

@@ -35,8 +35,8 @@ MUTANTS = (
     _mutant("nan-accepted", "W02", "NaN is loaded", *in_both("state_fit", "_faults", "if bad:", "if False:"),
         where="NaN"),
     _mutant("layers-reversed", "W03", "layers are filled in the wrong order",
-            Edit("omni_jax.checkpoint", "load_weights", "values[_torch_key(path)]",
-                 'values[_torch_key(path).replace("blocks.0.", "blocks.x.").replace("blocks.1.",'
+            Edit("omni_jax.checkpoint", "load_weights", "values[torch_key(path)]",
+                 'values[torch_key(path).replace("blocks.0.", "blocks.x.").replace("blocks.1.",'
                  ' "blocks.0.").replace("blocks.x.", "blocks.1.")]'),
             where="loaded|in place", needs="layers that differ"),
     _mutant("qkv-order", "A14", "q, k and v are joined as q, v, k: in both twins",

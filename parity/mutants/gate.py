@@ -12,7 +12,7 @@ from typing import Any
 from parity import checks
 from parity.checks import Scope
 from parity.errors import CannotLook, Misuse
-from parity.mutants import inject, looks
+from parity.mutants import inject
 from parity.mutants.familiar import BOUNDS, Familiar, concerned
 from parity.mutants.mutant import AREAS, Mutant
 from parity.mutants.replay import Recording
@@ -146,7 +146,7 @@ class Gate:
             recording = Recording()
             inject.forget()
             with recording.running():
-                result = looks.load(check).run(scope, _silent)
+                result = checks.load(check).run(scope, _silent)
             if result.error or any(_bad(row) for row in result.deciding):
                 raise CannotLook(f"the clean run of {check} does not agree: {result.error or _bad_names(result)}")
             self.clean[check, scope] = result, recording
@@ -156,7 +156,7 @@ class Gate:
         """The check's result under the bug; None and the words of the exception where it raised."""
         try:
             with recording.running(mutant.side):
-                return looks.load(mutant.check).run(scope, _silent), ""
+                return checks.load(mutant.check).run(scope, _silent), ""
         except Exception as error:
             return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 

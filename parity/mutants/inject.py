@@ -155,7 +155,7 @@ def _import_everything() -> None:
 def forget(programs: bool = False) -> None:
     """Forget what was computed or traced through the functions that have just been exchanged."""
     for module in _modules():
-        if module.__name__.startswith(("omni_", "parity.checks", "parity.mutants.look")):
+        if module.__name__.startswith(("omni_", "parity.checks")):
             for value in list(vars(module).values()):
                 clear = getattr(value, "cache_clear", None)
                 if clear is not None and getattr(value, "__module__", "").startswith(("omni_", "parity.")):

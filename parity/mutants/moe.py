@@ -54,6 +54,6 @@ MUTANTS = (
         (Edit(*TORCH, "torch.sort(p_NE, dim=-1, descending=True, stable=True)",
               "(lambda s: (s.values, p_NE.shape[1] - 1 - s.indices))(torch.sort(p_NE.flip(-1), dim=-1,"
               " descending=True, stable=True))"), ),
-        "logits", FIRST, MOE, needs="tokens whose experts are tied",
+        "logits", "tied experts", MOE, needs="tokens whose experts are tied",
     ),
 )  # fmt: skip

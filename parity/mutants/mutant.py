@@ -63,7 +63,7 @@ class Mutant:
     what: str
     edits: tuple[Edit, ...]
     check: str
-    """The check that must catch it: its name, or that of a look (parity.mutants.looks)."""
+    """The name of the check that must catch it."""
     where: str = ""
     """Regular expression of the tap or row where it must be located first; "" where the check has a single place."""
     scope: Mapping[str, Any] = field(default_factory=dict)

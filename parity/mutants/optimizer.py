@@ -53,7 +53,7 @@ MUTANTS = (
                  "mean.mul_(beta).add_(x, alpha=float(torch.tensor(1.0 - beta, dtype=torch.float32)))"),
                      where=": m|: v|displacement"),
     _mutant("mask-inverted", "O07", "vectors decay, matrices do not",
-            Edit("omni_torch.optim", "decay_mask", "p.ndim >= 2", "p.ndim < 2"), check="decay-mask"),
+            Edit("omni_torch.optim", "decay_mask", "p.ndim >= 2", "p.ndim < 2"), check="recipe"),
     _mutant("mask-frozen", "O11", "what decay spares is decayed too",
-            Edit("omni_jax.optim", "decay_mask", "jnp.ndim(p) >= 2", "True"), check="decay-mask"),
+            Edit("omni_jax.optim", "decay_mask", "jnp.ndim(p) >= 2", "True"), check="recipe"),
 )  # fmt: skip

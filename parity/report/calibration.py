@@ -18,8 +18,9 @@ LOOKS = {"tensor": ("tensor",), "row, column": ("row", "column"), "element": ("e
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """What was drawn, the distribution of look / quantile, what the thresholds may be, and the power."""
-    return "\n\n".join((_drawn(record), _distribution(record), _ranges(record), _bugs(record), _power(record))) + "\n"
+    """What was drawn, what each check scored, the distribution of look / quantile, the thresholds, and the power."""
+    parts = (_drawn, _checks, _ranges, _distribution, _bugs, _power)
+    return "\n\n".join(part(record) for part in parts) + "\n"
 
 
 def _drawn(record: Mapping[str, Any]) -> str:
@@ -30,14 +31,31 @@ def _drawn(record: Mapping[str, Any]) -> str:
         f"`{record['command']}`, {record['date']}, on the CPU; {versions}"
         + ("" if record["complete"] else "; INTERRUPTED before its end"),
         "",
-        f"* {record['draws']} draws{tied}; {record['configurations']} configurations of the twins (JAX compiled for "
-        f"{record['configurations_compiled']}); {record['tensors']:,} tensors, {record['looks']:,} looks",
+        f"* {record['draws']:,} draws{tied}; {record['configurations']} configurations of the twins (JAX compiled for "
+        f"{record['configurations_compiled']}), {record['constants']} sets of constants of the checks; "
+        f"{record['tensors']:,} tensors and other rows",
+        f"* draws by threads: {'; '.join(f'{name}: {count:,}' for name, count in record['threads'].items())}",
         f"* verdicts: {counts}; false alarms in {record['draws_alarmed']} draws, so below "
         f"{record['alarm_limit_95']:.2%} of draws with 95 % confidence",
         f"* largest look / quantile: {record['largest'][0]} ({record['largest'][1]}); of the draws' largest: median "
         f"{record['largest_per_draw']['median']}, 99 % {record['largest_per_draw']['p99']}",
     ]
-    return "\n".join([*lines, *(f"* false alarm: {alarm}" for alarm in record["alarms"])])
+    lines += [f"* false alarm: {alarm}" for alarm in record["alarms"]]
+    lines += [f"* could not look: {words}" for words in record["could_not_look"]]
+    return "\n".join(lines)
+
+
+def _checks(record: Mapping[str, Any]) -> str:
+    rows = []
+    for item in record["checks"]:
+        (largest, where), (share, _) = item["largest"], item["share"]
+        rows.append(
+            [item["check"], item["draws"], item["configurations"], f"{item['tensors']:,}"]
+            + [item["verdicts"].get("UNDETERMINED", 0), largest or "", f"{share:.0%}" if share else ""]
+            + [item["draws_alarmed"], f"{item['alarm_limit_95']:.2%}", where if largest else ""]
+        )
+    head = ["check", "draws", "configurations", "rows", "undetermined", "largest look / quantile", "of other bounds"]
+    return _table([*head, "false alarms", "95 % limit", "where"], rows)
 
 
 def _distribution(record: Mapping[str, Any]) -> str:

@@ -117,6 +117,8 @@ def _details(check: CheckResult) -> Iterable[RenderableType]:
     for verdict in (Verdict.DIFFER, Verdict.UNSTABLE, Verdict.PINNED):
         if counts[verdict]:
             yield from _rows(check, verdict, counts[verdict])
+    if check.located:
+        yield _line(check.name, "located", check.located, Verdict.DIFFER)
     if counts[Verdict.UNDETERMINED]:
         yield from _undetermined(check, counts[Verdict.UNDETERMINED])
     for note in check.notes:

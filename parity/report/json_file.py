@@ -12,18 +12,18 @@ from parity.result import RunResult
 __all__ = ["check_writable", "write", "write_text"]
 
 
-def check_writable(path: str | Path) -> None:
+def check_writable(path: str | Path, option: str = "--json") -> None:
     """A `Misuse` now rather than a lost result after the run."""
     path = Path(path)
     if path.is_dir():
-        raise Misuse(f"--json {path}: this is a folder; name a file in it, such as {path / 'parity.json'}")
+        raise Misuse(f"{option} {path}: this is a folder; name a file in it, such as {path / 'parity.json'}")
     if not path.parent.is_dir():
-        raise Misuse(f"--json {path}: the folder {path.parent} does not exist; make it first (mkdir -p)")
+        raise Misuse(f"{option} {path}: the folder {path.parent} does not exist; make it first (mkdir -p)")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise Misuse(
-            f"--json {path}: cannot write into {path.parent} ({error.strerror}); choose another file"
+            f"{option} {path}: cannot write into {path.parent} ({error.strerror}); choose another file"
         ) from error
     os.close(handle)
     os.unlink(name)

@@ -144,7 +144,7 @@ def test_the_other_calls_are_covered(run: RunResult, config: str) -> None:
 @pytest.mark.parametrize("name", ["adamw", "recipe"])
 def test_the_optimizer_is_covered(run: RunResult, name: str) -> None:
     names = {(row.precision, row.name) for row in check_of(run, name).deciding}
-    assert {precision for precision, _ in names} == {"float64", "float32"}
+    assert {precision for precision, _ in names} - {""} == {"float64", "float32"}
     wanted = {
         "adamw": [
             f"{tensor}: {what} after {n}"
@@ -155,6 +155,9 @@ def test_the_optimizer_is_covered(run: RunResult, name: str) -> None:
         "recipe": ["learning rate", "gradient norm", "matrix: clipped gradient", "matrix: displacement"],
     }
     assert names >= set(itertools.product(("float64", "float32"), wanted[name]))
+    if name == "recipe":
+        own = {"decay mask (jax)", "decay mask (torch)", "learning rate under accumulation (torch)"}
+        assert {row for precision, row in names if not precision} == own
 
 
 def test_third_parties_stand_beside_adamw_and_decide_nothing(run: RunResult) -> None:
@@ -164,6 +167,25 @@ def test_third_parties_stand_beside_adamw_and_decide_nothing(run: RunResult) -> 
     for row in rows:
         share = re.match(r"(\d+)% explained by ", row.evidence)
         assert row.verdict is Verdict.AGREE or (share and int(share[1]) > 50), row.evidence
+
+
+def test_the_layers_alone_are_covered(run: RunResult) -> None:
+    rows = {row.name: row for row in check_of(run, "logits").rows if row.regime == "layers alone"}
+    assert set(rows) == {
+        "ids out of range (jax)", "ids out of range (torch)", "RMSNorm rounds once", "cos in float32", "sin in float32",
+    }  # fmt: skip
+    tied = [row for row in check_of(run, "logits").rows if row.name == "tied experts"]
+    assert {row.config for row in tied} == {name for name in CONFIGS if configuration(name).use_moe}
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "checkpoint"])
+def test_both_twins_answer_every_question(run: RunResult, name: str) -> None:
+    names = [row.name for row in check_of(run, name).rows]
+    sides = {
+        side: {n.removesuffix(f" ({side})") for n in names if n.endswith(f" ({side})")} for side in ("jax", "torch")
+    }
+    assert sides["jax"] == sides["torch"]
+    assert 2 * len(sides["jax"]) == len(names) > 0
 
 
 @pytest.mark.parametrize("scheme", ["xavier", "kaiming", "zero", "default"])

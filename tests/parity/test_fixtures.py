@@ -15,7 +15,7 @@ pytest.importorskip("jax")
 from omni_torch.attention import CausalSelfAttention  # noqa: E402
 from omni_torch.checkpoint import save_checkpoint  # noqa: E402
 from omni_torch.config import ThinkerConfig  # noqa: E402
-from omni_torch.layers import GELUMLP, MoE, SwiGLU, apply_rope  # noqa: E402
+from omni_torch.layers import GELUMLP, MoE, RMSNorm, SwiGLU, apply_rope  # noqa: E402
 from omni_torch.losses import cross_entropy  # noqa: E402
 from omni_torch.thinker import ThinkerLM  # noqa: E402
 from parity import fixtures  # noqa: E402
@@ -199,6 +199,10 @@ def test_each_row_of_the_batch_is_of_its_kind(name: str, regime: str) -> None:
     assert 0 <= tokens.min() < tokens.max() < fixtures.configuration(name).vocab_size
     assert np.unique(tokens).size > T
     assert (tokens[mask] == 0).any()
+    # Two documents in one row, and BOS and EOS among the targets.
+    if not fixtures.configuration(name).use_moe:  # there their experts may be tied
+        assert tokens[PLAIN, 7:9].tolist() == [2, 1]
+        assert {0, 1, 2} < set(targets[PLAIN].tolist())
     assert (tokens[NOTHING] != 0).any()
 
 
@@ -224,9 +228,10 @@ def test_scores_pass_50_on_both_sides(name: str) -> None:
     """In the calls of the randomised regime: what a clamp at ±50 would change."""
     weights, batch = inputs(name, "randomised")
     loud = fixtures.loud_weights(fixtures.configuration(name), weights)
-    assert [key for key in weights if not np.array_equal(weights[key], loud[key])] == [
-        key for key in weights if key in ("blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight")
-    ]
+    assert {key for key in weights if not np.array_equal(weights[key], loud[key])} == {
+        "tok_emb.weight",
+        *(key for key in weights if key in ("blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight")),
+    }
     tokens, targets, mask, _ = batch
     batch = (tokens, targets, mask, np.maximum(np.cumsum(mask, 1) - 1, 0))  # the default positions
     every = torch.cat([scores(*seen) for seen in seen_by(model_of(name, loud), CausalSelfAttention, batch)])
@@ -234,6 +239,57 @@ def test_scores_pass_50_on_both_sides(name: str) -> None:
     assert every.min() < -50
     # And ordinary ones beside them, or softmax would be a choice everywhere.
     assert 0.2 < (every.abs() < 5).double().mean() < 1.0
+
+
+@each_config
+def test_activations_are_of_every_size(name: str) -> None:
+    """What reaches the first norm in the calls: zeros, values next to which eps is large, huge ones, offsets."""
+    weights, batch = inputs(name, "randomised")
+    model = model_of(name, fixtures.loud_weights(fixtures.configuration(name), weights))
+    norm, x = next(seen for seen in seen_by(model, RMSNorm, batch))
+    assert norm is model.blocks[0].norm1
+    square, mean = x.square().mean(-1), x.mean(-1)
+    assert (square == 0).any() or fixtures.configuration(name).use_moe
+    assert ((square > 0) & (square < norm.eps)).any()
+    assert (square.sqrt() > 1e3).any()
+    assert (mean.abs() > 10 * x.std(-1)).any()
+    assert ((square.sqrt() > 0.1) & (square.sqrt() < 10)).any(), "and ordinary ones"
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "moe" in name])
+def test_experts_are_tied_to_the_bit(name: str) -> None:
+    weights, batch = inputs(name, "randomised")
+    for module, x in seen_by(model_of(name, fixtures.tied_weights(weights)), MoE, batch):
+        p = torch.softmax(module.router(x), dim=-1)
+        assert (p == p[..., :1]).all()
+
+
+STRESS = {
+    "scores beyond ±50": test_scores_pass_50_on_both_sides,
+    "fully masked rows": test_each_row_of_the_batch_is_of_its_kind,
+    "left and right padding": test_each_row_of_the_batch_is_of_its_kind,
+    "long positions": test_far_positions_reach_beyond_4000,
+    "T = 1": "T = 1",
+    "ties": test_experts_are_tied_to_the_bit,
+    "zeros": test_activations_are_of_every_size,
+    "tiny activations": test_activations_are_of_every_size,
+    "huge activations": test_activations_are_of_every_size,
+    "offsets": test_activations_are_of_every_size,
+    "packed documents": test_each_row_of_the_batch_is_of_its_kind,
+    "odd shapes": test_the_configurations_cover_what_they_claim,
+    "vocabularies beyond and below 100": test_the_configurations_cover_what_they_claim,
+}
+"""What bugs hide from, and the test here that recomputes it; a name of one of the calls stands for itself."""
+
+
+def test_every_stress_input_is_looked_at(case) -> None:
+    found = case("moe-gqa-gelu", "randomised", "float64")
+    for what, held in STRESS.items():
+        assert callable(held) or held in found.calls.outputs, what
+    assert found.calls.outputs["T = 1"].verdict == "AGREE"
+    assert found.calls.shapes["T = 1"][1] == 1
+    assert found.tied.verdict == "AGREE"
+    assert found.calls.ties == 0, "a tie within the noise would excuse what differs"
 
 
 @each_config
@@ -286,7 +342,7 @@ def test_a_text_gives_the_tokens() -> None:
     one, two = (fixtures.stress_batch(config, text=text)[0] for text in ("a story of some length" * 3, "zzzz"))
     assert not np.array_equal(one, two)
     letter = ord("z") % (config.vocab_size - 3) + 3
-    assert set(np.unique(two)) <= {0, letter}
+    assert set(np.unique(two)) <= {0, 1, 2, letter}
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

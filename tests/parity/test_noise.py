@@ -187,6 +187,18 @@ def test_bfloat16_products_are_summed_in_float32():
     assert 0.3 <= rms(error / (model.sigma[0] * unit_roundoff("bfloat16"))) <= 2
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_narrow_numbers_that_are_no_products_are_summed_as_they_are(precision):
+    """The gradient of what was broadcast: XLA's CPU adds 156 numbers up in the narrow type, jnp.sum would not."""
+    fn = jax.jit(lambda x: jax.lax.reduce_sum(x, (0, 1)))
+    z = []
+    for x in (1.7 + normal(32, 12, 13)).astype(precision):
+        model = measure_noise(fn, (x,), precision)
+        error = float(fn(x)) - model.reference[0]
+        z.append(error / (model.sigma[0] * unit_roundoff(precision)))
+    assert 0.3 <= rms(np.array(z)) <= 2
+
+
 def test_a_narrowing_cast_brings_the_narrow_type_s_noise():
     x = normal(400)
     model = measure_noise(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), (x,), "float32")

@@ -51,8 +51,17 @@ def test_the_schedules_reach_the_corners() -> None:
 def test_controls_are_rejected(clean, control) -> None:
     (shown,) = [c for c in clean.controls if c.name == control]
     assert shown.rejected, shown.evidence
-    if control != "clip without 1e-6":
+    if control not in ("clip without 1e-6", "everything decays", "micro-batches counted"):
         assert "schedules" in shown.evidence
+
+
+def test_both_trainers_count_updates_not_micro_batches() -> None:
+    result = CheckResult("recipe")
+    recipe._trainers(Scope(full=True, controls=False), result)
+    assert [row.name for row in result.rows] == [
+        f"learning rate under accumulation ({side})" for side in ("jax", "torch")
+    ]
+    assert {row.verdict for row in result.rows} == {Verdict.AGREE}
 
 
 def off_by_one(real: Any) -> Any:

@@ -28,7 +28,7 @@ import omni_torch.layers  # noqa: E402
 import omni_torch.losses  # noqa: E402
 import omni_torch.thinker  # noqa: E402
 from parity.checks import Scope, _twins  # noqa: E402
-from parity.fixtures import CONFIGS, REGIMES, configuration, far_positions, loud_weights  # noqa: E402
+from parity.fixtures import CONFIGS, REGIMES, calls_batch, configuration, loud_weights  # noqa: E402
 from parity.judge import Findings  # noqa: E402
 from parity.precision import unit_roundoff  # noqa: E402
 from parity.sides import TorchSide  # noqa: E402
@@ -369,7 +369,7 @@ def mutated(case, one_thread):
         weights, batch = _twins._inputs(scope, config, regime)
         if calls:
             weights = loud_weights(made.config, weights)
-            batch = (batch[0], batch[2], far_positions())
+            batch = calls_batch(batch[0], batch[2])
         pair, weights = copy.copy(pair), dict(weights)
         pair.torch = copy.deepcopy(pair.torch)
         with Patch.context() as patch:

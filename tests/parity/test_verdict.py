@@ -356,6 +356,22 @@ def test_a_side_whose_error_dwarfs_the_other_is_unstable_and_named(side: str) ->
     assert judgement.evidence.startswith(side)
 
 
+def test_a_displacement_may_err_by_the_last_bits_of_its_positions() -> None:
+    """One side's positions are the oracle's but for the smallest, the other's are one bit off in two: luck."""
+    displacement = np.full((2, 57), 2.5e-3)
+    noise = Noise(np.full(displacement.shape, 0.5), 200.0, 0.6)
+    left, right = displacement.copy(), displacement.copy()
+    left[0, :2] += 2 * U
+    right[1, 3] += U / 64
+    rounded = judge_tensor(left, right, displacement, noise, U, rounded=1.0)
+    assert rounded.verdict is Verdict.AGREE
+    assert judge_tensor(left, right, displacement, noise, U).verdict is Verdict.UNSTABLE
+    # An error beyond the positions' rounding still tells.
+    wide = Noise(noise.sigma * 1e3, noise.dof, noise.kappa * 1e3)
+    left[:] += 100 * U
+    assert judge_tensor(left, right, displacement, wide, U, rounded=1.0).verdict is Verdict.UNSTABLE
+
+
 @pytest.mark.parametrize("sides", ["torch", "both"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_float32_rounding_inside_float64_is_pinned(sides: str, seed: int) -> None:

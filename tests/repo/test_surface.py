@@ -30,13 +30,27 @@ SURFACE = {
         "--full",
         "--json",
         "--figures",
+        "--search",
+        "--budget",
     },
     "list": set(),
     "explain": {"check"},
     "doctor": {"--json"},
-    "calibrate": {"--draws", "--seed", "--json"},
+    "calibrate": {"--draws", "--seed", "--resume", "--json"},
+    "locate": {
+        "--config",
+        "--checkpoint",
+        "--text",
+        "--precision",
+        "--single-step",
+        "--mutant",
+        "--score",
+        "--only",
+        "--seed",
+        "--json",
+    },
     "optimizers": {"--steps", "--lr", "--seed", "--json"},
-    "mutants": {"--gate", "--only", "--json"},
+    "mutants": {"--gate", "--only", "--by-rule", "--module", "--sample", "--seed", "--json"},
 }
 
 BLOCKER = """
@@ -70,7 +84,14 @@ def test_commands_and_options_are_those_written_here() -> None:
 def test_defaults_of_run() -> None:
     run = next(c.callback for c in app.registered_commands if c.callback and c.callback.__name__ == "run")
     defaults = {name: p.default for name, p in inspect.signature(run).parameters.items() if p.default is not None}
-    wanted = {"precision": "float64,float32,bfloat16", "device": "cpu", "matmul": "default", "seed": 0, "full": False}
+    wanted = {
+        "precision": "float64,float32,bfloat16",
+        "device": "cpu",
+        "matmul": "default",
+        "seed": 0,
+        "full": False,
+        "search": False,
+    }
     assert defaults == wanted
 
 
