@@ -61,7 +61,7 @@ AGAIN = ("recipe", "mel", "ctc")
 """Checks of which a draw is made again: of the cheapest."""
 
 
-KNOWN = pytest.mark.xfail(strict=True, reason="two draws alarm: Limits of decision 0001; mend the noise model, draw anew")
+KNOWN = pytest.mark.xfail(strict=True, reason="two draws alarm: Limits of decision 0001")
 
 
 def test_the_record_is_large_enough(record) -> None:
