@@ -14,12 +14,10 @@ import math
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +25,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .checkpoint import export_weights, load_checkpoint, load_weights, save_checkpoint, torch_key
 from .config import BOS_ID, EOS_ID, PAD_ID, ThinkerConfig, read_config
 from .data import token_batch, token_stream
-from .interrupt import Interrupt
 from .layers import check_token_ids, statistics_dtype
 from .losses import cross_entropy
-from .optim import AdamWState, adamw_step, clip_grad_norm, init_adamw_state, warmup_cosine
-from .progress import TrainingProgress
 from .run_folder import RunFolder, fingerprint_of
 from .thinker import ThinkerLM
 from .tokenizer import BPETokenizer
 from .train_config import TrainConfig
-from .training_format import BETAS, EPS, optimizer_dict, saved_moments, scheduler_dict
+from .training_run import TrainingRun, TrainState, shortest_float
 from .training_text import counted, document_rows, read_documents, split_documents
-from .training_utils import NumericalError, validate_loss
+from .training_utils import NumericalError
 
 __all__ = ["train_step_mse", "accumulated_gradients", "TrainConfig", "TrainState", "Trainer", "train"]
 
@@ -171,31 +165,7 @@ def accumulated_gradients(
     return nats / divisor.astype(wide), gradients, tokens
 
 
-@dataclass
-class TrainState:
-    """Where a run is: all that its next step depends on beside the configuration and the text.
-
-    params: parameters, a tree as nnx.split gives it (donated to the next step: copy what must outlive it); optimizer:
-    AdamW's moments, trees alike; step: updates made; best_val_loss: the lowest validation loss so far, nats per token,
-    inf before the first.
-    """
-
-    params: Any
-    optimizer: AdamWState
-    step: int
-    best_val_loss: float
-
-
-class Metrics(NamedTuple):
-    """What an update leaves on the device beside the state; from the first bad update on, that one's."""
-
-    ok: Array
-    loss: Array
-    grad_norm: Array
-    lr: Array
-
-
-class Trainer:
+class Trainer(TrainingRun[ThinkerLM]):
     """Trains a ThinkerLM on a stream of token ids, and keeps the run in a folder.
 
     An update takes gradient_accumulation_steps micro-batches of batch_size rows, sums nats and gradients over them,
@@ -234,90 +204,18 @@ class Trainer:
         resume: bool = False,
         quiet: bool = False,
     ) -> None:
-        self.config, self.train_config, self.quiet = config, train_config, quiet
-        self.folder = RunFolder(out)
-        self._ids, val_ids = _checked_ids("ids", ids, config), _checked_ids("val_ids", val_ids, config)
-        if len(self._ids) <= config.ctx_len:
+        ids, val_ids = _checked_ids("ids", ids, config), _checked_ids("val_ids", val_ids, config)
+        if len(ids) <= config.ctx_len:
             raise ValueError(
-                f"ids has {len(self._ids)} tokens, must have at least ctx_len + 1 = {config.ctx_len + 1}; give more "
+                f"ids has {len(ids)} tokens, must have at least ctx_len + 1 = {config.ctx_len + 1}; give more "
                 "text, or lower ctx_len"
             )
-        self._rows_NBT = document_rows(val_ids, config.ctx_len, train_config.batch_size)
-        self._settings = config.to_dict() | train_config.to_dict()
-        self._fingerprint = fingerprint_of(self._ids, val_ids)
-        if resume:
-            self.folder.check_same(self._settings, self._fingerprint)
-        else:
-            self.folder.check_free()
-        self._started = resume
-        names: list[tuple] = []
-        nnx.eval_shape(lambda: named_parameters(ThinkerLM(**config.to_dict(), rngs=nnx.Rngs(0)), names))
-        self._keys = [torch_key(name) for name in names]
-        model = ThinkerLM.from_config(config, rngs=nnx.Rngs(train_config.seed))
+        self._ids, self._rows_NBT = ids, document_rows(val_ids, config.ctx_len, train_config.batch_size)
+        self._validates = len(self._rows_NBT) > 0
+        super().__init__(ThinkerLM, config, train_config, fingerprint_of(ids, val_ids), out, resume, quiet)
+        model = self.model
         model.eval()
         self._eval_graphdef = nnx.graphdef(model)
-        model.train()
-        self._graphdef, params, self._rest = nnx.split(model, nnx.Param, ...)
-        self.state = TrainState(params, init_adamw_state(params), 0, math.inf)
-        if resume:
-            self._restore()
-        self._metrics = Metrics(jnp.array(True), *(jnp.zeros((), jnp.float32) for _ in range(3)))
-        self._tokens = 0
-
-    @property
-    def model(self) -> ThinkerLM:
-        """A model with the weights of `state`, in training mode; the next step takes their memory."""
-        return nnx.merge(self._graphdef, self.state.params, self._rest, copy=True)
-
-    def run(self, until: int | None = None) -> TrainState:
-        """Train up to max_steps, or up to step `until`, from where the run is; last.pt holds the result.
-
-        Raises:
-            NumericalError: NaN or Inf came up; last.pt holds the state before it.
-            KeyboardInterrupt: after Ctrl-C, once the step is finished and last.pt written (at once after the second).
-            ValueError: `until` is below the run's step or above max_steps.
-            OSError: a file cannot be written.
-        """
-        train, state = self.train_config, self.state
-        until = train.max_steps if until is None else until
-        if not state.step <= until <= train.max_steps:
-            raise ValueError(
-                f"until={until} is not allowed: must be {state.step} (the run's step) to {train.max_steps}"
-            )
-        if not self._started:
-            self.folder.start(self._settings, self._fingerprint)
-            self._save()
-            self._started = True
-        saved = state.step
-        with Interrupt() as interrupt, TrainingProgress(train.max_steps, state.step, self.quiet) as progress:
-            clock, tokens = time.perf_counter(), 0
-            try:
-                while state.step < until and not interrupt.requested:
-                    tokens += self._update()
-                    progress.advance(state.step)
-                    ended = state.step == train.max_steps
-                    validated = len(self._rows_NBT) > 0 and (state.step % train.val_freq == 0 or ended)
-                    if state.step % train.print_freq == 0 or validated or ended:
-                        metrics = self._read_metrics()  # waits for the device
-                        rate = tokens / (time.perf_counter() - clock)
-                        record = {"step": state.step} | metrics | {"tokens_per_second": round(rate, 1)}
-                        if validated:
-                            record["val_loss"] = self._validated()
-                        self.folder.append_metrics(record)
-                        progress.update(state.step, record["loss"], rate, record.get("val_loss"))
-                        clock, tokens = time.perf_counter(), 0
-                    if state.step % train.checkpoint_freq == 0:
-                        self._save()
-                        saved = state.step
-                # Not in a finally: another error may have come between two tensors of an update.
-                if saved != state.step:
-                    self._save()
-            except NumericalError:
-                self._save()
-                raise
-        if interrupt.requested:
-            raise KeyboardInterrupt
-        return state
 
     def validate(self) -> float:
         """Mean nats per predicted token of the validation documents, in evaluation mode; inf if there are none."""
@@ -327,32 +225,6 @@ class Trainer:
         nats = _validation(self._eval_graphdef, self.state.params, self._rest, self._rows_NBT)
         # Summed in float64: float32 would lose digits over many batches.
         return shortest_float(math.fsum(np.asarray(nats).tolist()) / counts)
-
-    def _update(self) -> int:
-        """Hand one step to the device, and return how many tokens it predicts, without waiting."""
-        state = self.state
-        tokens_ABT = self._batch()
-        state.params, state.optimizer, self._metrics = _train_step(
-            self._graphdef, self.train_config, state.params, state.optimizer, self._metrics, self._rest, tokens_ABT
-        )
-        state.step += 1
-        self._tokens = counted(tokens_ABT)
-        return self._tokens
-
-    def _read_metrics(self) -> dict[str, Any]:
-        """Loss, lr, grad_norm and tokens of the last step, once it is known that no step went bad."""
-        ok, loss, grad_norm, lr = jax.device_get(self._metrics)
-        if not ok:
-            # From the bad update on, the device changed nothing, and its count of updates stood still.
-            self.state.step = int(self.state.optimizer.t)
-            self._metrics = self._metrics._replace(ok=jnp.array(True))
-            must_be_finite(self.state.step, float(loss), float(grad_norm))
-        return {
-            "loss": shortest_float(loss),
-            "lr": shortest_float(lr),
-            "grad_norm": shortest_float(grad_norm),
-            "tokens": self._tokens,
-        }
 
     def _batch(self) -> Int[np.ndarray, "A B T"]:
         """The micro-batches of the next update."""
@@ -365,87 +237,22 @@ class Trainer:
             ]
         )
 
-    def _validated(self) -> float:
-        """The validation loss, and best.pt if it is the lowest."""
-        loss = validate_loss(self.validate())
-        if loss < self.state.best_val_loss:
-            self.state.best_val_loss = loss
-            self._save(self.folder.best)
-        return loss
+    @staticmethod
+    def _gradients(
+        graphdef: Any, train_config: TrainConfig, params: Any, rest: Any, step: Array, batch: Int[Array, "A B T"]
+    ) -> tuple[Array, Any]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train_config.seed), _DROPOUT), step)
 
-    def _save(self, path: Path | None = None) -> None:
-        self._read_metrics()  # nothing is written before the updates are known to be good
-        state, train = self.state, self.train_config
-        lr = shortest_float(train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps))
-        moments = {"exp_avg": self._in_torch_order(state.optimizer.m)}
-        moments["exp_avg_sq"] = self._in_torch_order(state.optimizer.v)
-        steps = [np.array(state.step, np.float32) for _ in self._keys]
-        save_checkpoint(
-            self.folder.last if path is None else path,
-            model=self._by_key(state.params),
-            optimizer=optimizer_dict(train, lr, steps, moments),
-            scheduler=scheduler_dict(train, state.step, lr),
-            scaler=None,  # bfloat16 has float32's range: nothing has to be scaled
-            step=state.step,
-            best_val_loss=state.best_val_loss,
-        )
+        def nats_of(params: Any, micro_batch: tuple[Array, Array]) -> tuple[Array, Array]:
+            tokens_BT, micro = micro_batch
+            streams = _reseeded(rest, jax.random.fold_in(key, micro))
+            return _nats(graphdef, params, streams, tokens_BT, train_config.use_amp)
 
-    def _by_key(self, tree: Any) -> dict[str, Any]:
-        """A tree like the parameters' by torch key and in torch's layout."""
-        return export_weights(nnx.merge(self._graphdef, tree, self._rest))
+        batches = (batch, jnp.arange(batch.shape[0], dtype=jnp.int32))
+        return accumulated_gradients(nats_of, params, batches)[:2]
 
-    def _in_torch_order(self, tree: Any) -> list[Any]:
-        arrays = self._by_key(tree)
-        return [arrays[key] for key in self._keys]
-
-    def _restore(self) -> None:
-        checkpoint = self.folder.load_last(load_checkpoint)
-        step, moments = saved_moments(checkpoint, self._keys)
-
-        def tree_of(arrays: Any) -> Any:
-            model = nnx.merge(self._graphdef, self.state.params, self._rest, copy=True)
-            return nnx.state(load_weights(model, arrays), nnx.Param)
-
-        m, v = (tree_of(moments[name]) for name in ("exp_avg", "exp_avg_sq"))
-        best = checkpoint.best_val_loss
-        self.state = TrainState(
-            params=tree_of(checkpoint),
-            optimizer=AdamWState(m=m, v=v, t=jnp.array(step, jnp.int32)),
-            step=step,
-            best_val_loss=math.inf if best is None else best,
-        )
-        self.folder.drop_metrics_after(step)
-
-
-@partial(jax.jit, static_argnames=("graphdef", "train_config"), donate_argnames=("params", "optimizer", "before"))
-def _train_step(
-    graphdef: Any,
-    train_config: TrainConfig,
-    params: Any,
-    optimizer: AdamWState,
-    before: Metrics,
-    rest: Any,
-    tokens_ABT: Int[Array, "A B T"],
-) -> tuple[Any, AdamWState, Metrics]:
-    """The update, compiled once for a run: (params, optimizer, metrics), unchanged if it, or one before, went bad."""
-    train = train_config
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), _DROPOUT), optimizer.t)
-
-    def nats_of(params: Any, batch: tuple[Array, Array]) -> tuple[Array, Array]:
-        tokens_BT, micro = batch
-        return _nats(graphdef, params, _reseeded(rest, jax.random.fold_in(key, micro)), tokens_BT, train.use_amp)
-
-    batches = (tokens_ABT, jnp.arange(tokens_ABT.shape[0], dtype=jnp.int32))
-    loss, grads, _ = accumulated_gradients(nats_of, params, batches)
-    grads, grad_norm = clip_grad_norm(grads, train.max_grad_norm)
-    lr = train.lr * warmup_cosine(optimizer.t, train.warmup_steps, train.max_steps)
-    new_params, new_optimizer = adamw_step(params, grads, optimizer, lr, BETAS, EPS, train.wd)
-    # The host looks later: a bad update, and all after it, leave the state as it was.
-    ok = before.ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    new = (new_params, new_optimizer)
-    new_params, new_optimizer = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, (params, optimizer))
-    metrics = Metrics(ok, loss, grad_norm, jnp.asarray(lr, jnp.float32))
-    return new_params, new_optimizer, jax.tree.map(lambda n, o: jnp.where(before.ok, n, o), metrics, before)
+    def _counted(self, batch: Int[np.ndarray, "A B T"]) -> int:
+        return counted(batch)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -479,16 +286,6 @@ def _reseeded(rest: Any, key: Array) -> Any:
             value = jnp.zeros_like(variable.get_value())
         streams.append((path, variable.replace(value)))
     return nnx.from_flat_state(streams)
-
-
-def named_parameters(model: nnx.Module, names: list[tuple], path: tuple = ()) -> nnx.Module:
-    """Append the paths of the parameters to `names` in the order of their definition, torch's; returns the model."""
-    for name, value in vars(model).items():
-        if isinstance(value, nnx.Param):
-            names.append((*path, name))
-        elif isinstance(value, nnx.Module):
-            named_parameters(value, names, (*path, name))
-    return model
 
 
 def train(
@@ -586,17 +383,3 @@ def _checked_ids(name: str, ids: Any, config: ThinkerConfig) -> Int[np.ndarray, 
         raise ValueError(f"{name} has shape {array.shape}, dtype {array.dtype}: must be 1-D integers; see token_stream")
     check_token_ids(array.astype(np.int64), config.vocab_size, name)
     return array.astype(np.int32)
-
-
-def shortest_float(x: Any) -> float:
-    """A float32 as the shortest decimal that is still it: 0.0003, not 0.0003000000142492354."""
-    return float(str(np.float32(x)))
-
-
-def must_be_finite(step: int, loss: float, grad_norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NumericalError(
-            f"update {step + 1}: the loss is {loss} and the gradients' norm {grad_norm}, both must be finite; nothing "
-            f"was updated, and last.pt holds the state after {step} updates. Lower lr, lengthen warmup_steps, or look "
-            "at the data"
-        )

@@ -5,11 +5,9 @@ Shapes: B rows, T tokens, H height, W width, S samples.
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,23 +17,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from .checkpoint import export_weights, load_checkpoint, load_weights, save_checkpoint, torch_key
+from .checkpoint import save_checkpoint
 from .config import EOS_ID, PAD_ID
 from .fusion import OmniLM, fuse
 from .generation import generate
-from .interrupt import Interrupt
 from .losses import cross_entropy
 from .mel import num_frames
-from .omni_config import OmniConfig
-from .optim import AdamWState, adamw_step, clip_grad_norm, init_adamw_state, warmup_cosine
-from .progress import TrainingProgress
-from .run_folder import RunFolder, fingerprint_of, write_json
+from .run_folder import fingerprint_of, write_json
 from .thinker import num_parameters
 from .tokenizer import BPETokenizer
 from .train_config import TrainConfig
-from .training import Metrics, TrainState, must_be_finite, named_parameters, shortest_float
-from .training_format import BETAS, EPS, optimizer_dict, saved_moments, scheduler_dict
-from .training_utils import NumericalError
+from .training_run import TrainingRun
 from .world_batch import (
     Asked,
     WorldRows,
@@ -85,11 +77,14 @@ def train_world(
         KeyboardInterrupt: after Ctrl-C, once the step is finished and last.pt written (at once after the second).
         OSError: a file cannot be written.
     """
-    run = _Run(out, world_training(max_steps, seed), difficulty, resume)
+    run = _WorldRun(out, world_training(max_steps, seed), difficulty, resume, quiet)
+    if not resume:
+        run.folder.write_tokenizer(run.tokenizer_file)
     start = time.perf_counter()
-    run.go(quiet)
+    run.run()
     seconds = time.perf_counter() - start
     model = run.model
+    model.eval()
     save_checkpoint(run.folder.path / "model.safetensors", model=model, step=run.state.step, best_val_loss=None)
     found: dict[str, Any] = {"steps": run.state.step, "seconds": round(seconds, 1), "difficulty": difficulty}
     found["parameters"] = num_parameters(model)
@@ -153,181 +148,50 @@ def _mels(model: OmniLM, waves: list[np.ndarray]) -> list[Array]:
     return [jnp.asarray(x[: num_frames(w.size, audio.n_fft, audio.hop_length)]) for x, w in zip(mel, waves)]
 
 
-class _Run:
-    """A run in its folder, as Trainer's is for text."""
+class _WorldRun(TrainingRun[OmniLM]):
+    """A run on the toy world, whose rows are drawn ahead."""
 
-    def __init__(self, out: str | os.PathLike[str], train_config: TrainConfig, difficulty: int, resume: bool) -> None:
-        self.train_config, self.difficulty = train_config, difficulty
-        self.config = world_config()
-        self.folder = RunFolder(out)
-        self.folder.check_run() if resume else self.folder.check_free()
-        self.tokenizer, self._tokenizer_file = world_tokenizer()
-        self._settings = self.config.to_dict() | train_config.to_dict()
-        self._fingerprint = fingerprint_of(*row_levels(self._rows(0)))
-        if resume:
-            self.folder.check_same(self._settings, self._fingerprint)
-        names: list[tuple] = []
-        nnx.eval_shape(lambda: named_parameters(OmniLM(self.config, rngs=nnx.Rngs(0)), names))
-        self._keys = [torch_key(name) for name in names]
-        self._graphdef, params, self._rest = nnx.split(_fresh(self.config, train_config.seed), nnx.Param, ...)
-        self.state = TrainState(params, init_adamw_state(params), 0, math.inf)
-        self._metrics = Metrics(jnp.array(True), *(jnp.zeros((), jnp.float32) for _ in range(3)))
-        self._tokens = 0
-        if resume:
-            self._restore()
-        else:
-            self.folder.write_tokenizer(self._tokenizer_file)
-            self.folder.start(self._settings, self._fingerprint)
-            self._save()
-
-    @property
-    def model(self) -> OmniLM:
-        """A model with the weights of `state`, in evaluation mode; the next step takes their memory."""
-        model = nnx.merge(self._graphdef, self.state.params, self._rest, copy=True)
-        model.eval()
-        return model
-
-    def go(self, quiet: bool) -> None:
-        """All updates that are left; last.pt holds the result."""
-        train, state = self.train_config, self.state
-        saved = state.step
-        with Interrupt() as interrupt, TrainingProgress(train.max_steps, state.step, quiet) as progress:
-            clock, tokens = time.perf_counter(), 0
-            try:
-                for rows in self._ahead():
-                    tokens += self._update(rows)
-                    progress.advance(state.step)
-                    if state.step % train.print_freq == 0 or state.step == train.max_steps:
-                        metrics = self._read_metrics()  # waits for the device
-                        rate = tokens / (time.perf_counter() - clock)
-                        record = {"step": state.step} | metrics | {"tokens_per_second": round(rate, 1)}
-                        self.folder.append_metrics(record)
-                        progress.update(state.step, record["loss"], rate)
-                        clock, tokens = time.perf_counter(), 0
-                    if state.step % train.checkpoint_freq == 0:
-                        self._save()
-                        saved = state.step
-                    if interrupt.requested:
-                        break
-                if saved != state.step:
-                    self._save()
-            except NumericalError:
-                self._save()
-                raise
-        if interrupt.requested and state.step < train.max_steps:
-            raise KeyboardInterrupt
-
-    def _rows(self, step: int) -> tuple[WorldRows, WorldRows]:
-        train = self.train_config
-        return world_rows(self.config, self.tokenizer, train.seed, "train", step, train.max_steps, self.difficulty)
-
-    def _ahead(self) -> Iterator[tuple[WorldRows, WorldRows]]:
-        """The rows of each update that is left, drawn while the one before is made."""
-        steps = range(self.state.step, self.train_config.max_steps)
-        with ThreadPoolExecutor(max_workers=1) as worker:
-            drawn = worker.submit(self._rows, self.state.step)
-            for step in steps:
-                rows = drawn.result()
-                drawn = worker.submit(self._rows, step + 1)
-                yield rows
-
-    def _update(self, rows: tuple[WorldRows, WorldRows]) -> int:
-        """Hand one step to the device, and return how many tokens it predicts, without waiting."""
-        state = self.state
-        state.params, state.optimizer, self._metrics = _train_step(
-            self._graphdef, self.train_config, state.params, state.optimizer, self._metrics, self._rest, rows
+    def __init__(
+        self, out: str | os.PathLike[str], train_config: TrainConfig, difficulty: int, resume: bool, quiet: bool
+    ) -> None:
+        config = world_config()
+        self.tokenizer, self.tokenizer_file = world_tokenizer()
+        self._rows = partial(
+            world_rows,
+            config,
+            self.tokenizer,
+            train_config.seed,
+            "train",
+            max_steps=train_config.max_steps,
+            difficulty=difficulty,
         )
-        state.step += 1
-        self._tokens = sum(int((part.targets != PAD_ID).sum()) for part in rows)
-        return self._tokens
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._drawn: dict[int, Future[tuple[WorldRows, WorldRows]]] = {}
+        super().__init__(OmniLM, config, train_config, fingerprint_of(*row_levels(self._rows(0))), out, resume, quiet)
+        if not resume:
+            weights = self._by_key(self.state.params)
+            self.state.params = self._as_params(weights | first_weights(config, weights, train_config.seed))
 
-    def _read_metrics(self) -> dict[str, Any]:
-        """Loss, lr, grad_norm and tokens of the last step, once it is known that no step went bad."""
-        ok, loss, grad_norm, lr = jax.device_get(self._metrics)
-        if not ok:
-            # From the bad update on, the device changed nothing, and its count of updates stood still.
-            self.state.step = int(self.state.optimizer.t)
-            self._metrics = self._metrics._replace(ok=jnp.array(True))
-            must_be_finite(self.state.step, float(loss), float(grad_norm))
-        return {
-            "loss": shortest_float(loss),
-            "lr": shortest_float(lr),
-            "grad_norm": shortest_float(grad_norm),
-            "tokens": self._tokens,
-        }
+    def _batch(self) -> tuple[WorldRows, WorldRows]:
+        """The rows of the next update; those of the one after it are drawn while it is made."""
+        step = self.state.step
+        drawn = self._drawn.get(step) or self._worker.submit(self._rows, step)
+        self._drawn = {step + 1: self._worker.submit(self._rows, step + 1)}
+        return drawn.result()
 
-    def _save(self) -> None:
-        self._read_metrics()  # nothing is written before the updates are known to be good
-        state, train = self.state, self.train_config
-        lr = shortest_float(train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps))
-        moments = {"exp_avg": self._in_torch_order(state.optimizer.m)}
-        moments["exp_avg_sq"] = self._in_torch_order(state.optimizer.v)
-        steps = [np.array(state.step, np.float32) for _ in self._keys]
-        save_checkpoint(
-            self.folder.last,
-            model=self._by_key(state.params),
-            optimizer=optimizer_dict(train, lr, steps, moments),
-            scheduler=scheduler_dict(train, state.step, lr),
-            step=state.step,
-        )
+    @staticmethod
+    def _gradients(
+        graphdef: Any, train_config: TrainConfig, params: Any, rest: Any, step: Array, batch: Any
+    ) -> tuple[Array, Any]:
+        def loss_of(params: Any) -> Array:
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            nats, counts = zip(*(_nats(model, part) for part in batch), strict=True)
+            return sum(nats[1:], nats[0]) / jnp.maximum(sum(counts[1:], counts[0]), 1).astype(nats[0].dtype)
 
-    def _by_key(self, tree: Any) -> dict[str, Any]:
-        """A tree like the parameters' by torch key and in torch's layout."""
-        return export_weights(nnx.merge(self._graphdef, tree, self._rest, copy=True))
+        return jax.value_and_grad(loss_of)(params)
 
-    def _in_torch_order(self, tree: Any) -> list[Any]:
-        arrays = self._by_key(tree)
-        return [arrays[key] for key in self._keys]
-
-    def _restore(self) -> None:
-        checkpoint = self.folder.load_last(load_checkpoint)
-        step, moments = saved_moments(checkpoint, self._keys)
-
-        def tree_of(arrays: Any) -> Any:
-            model = nnx.merge(self._graphdef, self.state.params, self._rest, copy=True)
-            return nnx.state(load_weights(model, arrays), nnx.Param)
-
-        m, v = (tree_of(moments[name]) for name in ("exp_avg", "exp_avg_sq"))
-        optimizer = AdamWState(m=m, v=v, t=jnp.array(step, jnp.int32))
-        self.state = TrainState(tree_of(checkpoint), optimizer, step, math.inf)
-        self.folder.drop_metrics_after(step)
-
-
-def _fresh(config: OmniConfig, seed: int) -> OmniLM:
-    """A model with the first weights."""
-    model = OmniLM.from_config(config, rngs=nnx.Rngs(seed))
-    weights = export_weights(model)
-    numbers: dict[str, Any] = dict(weights)
-    return load_weights(model, numbers | first_weights(config, numbers, seed))
-
-
-@partial(jax.jit, static_argnames=("graphdef", "train_config"), donate_argnames=("params", "optimizer", "before"))
-def _train_step(
-    graphdef: Any,
-    train_config: TrainConfig,
-    params: Any,
-    optimizer: AdamWState,
-    before: Metrics,
-    rest: Any,
-    rows: tuple[WorldRows, WorldRows],
-) -> tuple[Any, AdamWState, Metrics]:
-    """The update, compiled once for a run: (params, optimizer, metrics), unchanged if it, or one before, went bad."""
-    train = train_config
-
-    def loss_of(params: Any) -> Array:
-        model = nnx.merge(graphdef, params, rest, copy=True)
-        nats, counts = zip(*(_nats(model, part) for part in rows), strict=True)
-        return sum(nats[1:], nats[0]) / jnp.maximum(sum(counts[1:], counts[0]), 1).astype(nats[0].dtype)
-
-    loss, grads = jax.value_and_grad(loss_of)(params)
-    grads, grad_norm = clip_grad_norm(grads, train.max_grad_norm)
-    lr = train.lr * warmup_cosine(optimizer.t, train.warmup_steps, train.max_steps)
-    new = adamw_step(params, grads, optimizer, lr, BETAS, EPS, train.wd)
-    # The host looks later: a bad update, and all after it, leave the state as it was.
-    ok = before.ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    new_params, new_optimizer = jax.tree.map(lambda n, o: jnp.where(ok, n, o), tuple(new), (params, optimizer))
-    metrics = Metrics(ok, loss, grad_norm, jnp.asarray(lr, jnp.float32))
-    return new_params, new_optimizer, jax.tree.map(lambda n, o: jnp.where(before.ok, n, o), metrics, before)
+    def _counted(self, batch: tuple[WorldRows, WorldRows]) -> int:
+        return sum(int((part.targets != PAD_ID).sum()) for part in batch)
 
 
 def _nats(model: OmniLM, part: Any) -> tuple[Array, Array]:

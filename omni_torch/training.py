@@ -9,15 +9,12 @@ Shapes: A micro-batches of an update, B batch, T time, N any.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +23,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .checkpoint import export_weights, load_checkpoint, load_weights, save_checkpoint
 from .config import BOS_ID, EOS_ID, PAD_ID, ThinkerConfig, read_config
 from .data import token_batch, token_stream
-from .interrupt import Interrupt
 from .layers import check_token_ids, statistics_dtype
 from .losses import cross_entropy
-from .optim import AdamWState, adamw_step_many_, clip_grad_norm_, init_adamw_state, warmup_cosine
-from .progress import TrainingProgress
 from .run_folder import RunFolder, fingerprint_of
 from .thinker import ThinkerLM
 from .tokenizer import BPETokenizer
 from .train_config import TrainConfig
-from .training_format import BETAS, EPS, optimizer_dict, saved_moments, scheduler_dict
+from .training_run import TrainingRun, TrainState, random_state, shortest_float
 from .training_text import counted, document_rows, read_documents, split_documents
-from .training_utils import NumericalError, validate_loss
+from .training_utils import NumericalError
 
 __all__ = ["train_step_mse", "accumulated_gradients", "TrainConfig", "TrainState", "Trainer", "train"]
 
@@ -153,21 +146,7 @@ def accumulated_gradients(
     return nats / divisor.to(nats.dtype), gradients, tokens
 
 
-@dataclass
-class TrainState:
-    """Where a run is: all that its next step depends on beside the configuration and the text.
-
-    params: parameters by torch key, the model's own (they change in place); optimizer: AdamW's moments, in the same
-    order; step: updates made; best_val_loss: the lowest validation loss so far, nats per token, inf before the first.
-    """
-
-    params: dict[str, nn.Parameter]
-    optimizer: list[AdamWState]
-    step: int
-    best_val_loss: float
-
-
-class Trainer:
+class Trainer(TrainingRun[ThinkerLM]):
     """Trains a ThinkerLM on a stream of token ids, and keeps the run in a folder.
 
     An update takes gradient_accumulation_steps micro-batches of batch_size rows, sums nats and gradients over them,
@@ -205,84 +184,15 @@ class Trainer:
         resume: bool = False,
         quiet: bool = False,
     ) -> None:
-        self.config, self.train_config, self.quiet = config, train_config, quiet
-        self.folder = RunFolder(out)
-        self._ids, val_ids = _checked_ids("ids", ids, config), _checked_ids("val_ids", val_ids, config)
-        if len(self._ids) <= config.ctx_len:
+        ids, val_ids = _checked_ids("ids", ids, config), _checked_ids("val_ids", val_ids, config)
+        if len(ids) <= config.ctx_len:
             raise ValueError(
-                f"ids has {len(self._ids)} tokens, must have at least ctx_len + 1 = {config.ctx_len + 1}; give more "
+                f"ids has {len(ids)} tokens, must have at least ctx_len + 1 = {config.ctx_len + 1}; give more "
                 "text, or lower ctx_len"
             )
-        self._rows_NBT = document_rows(val_ids, config.ctx_len, train_config.batch_size)
-        self._settings = config.to_dict() | train_config.to_dict()
-        self._fingerprint = fingerprint_of(self._ids, val_ids)
-        if resume:
-            self.folder.check_same(self._settings, self._fingerprint)
-        else:
-            self.folder.check_free()
-        self._started = resume
-        self._device = torch.device("cuda") if torch.cuda.is_available() else torch.get_default_device()
-        with random_state(self._device, train_config.seed):
-            self._model = ThinkerLM.from_config(config).to(self._device)
-        params = dict(self._model.named_parameters())
-        self.state = TrainState(params, [init_adamw_state(p) for p in params.values()], 0, math.inf)
-        if resume:
-            self._restore()
-
-    @property
-    def model(self) -> ThinkerLM:
-        """The model with the weights of `state`; they change with every step."""
-        return self._model
-
-    def run(self, until: int | None = None) -> TrainState:
-        """Train up to max_steps, or up to step `until`, from where the run is; last.pt holds the result.
-
-        Raises:
-            NumericalError: NaN or Inf came up; last.pt holds the state before it.
-            KeyboardInterrupt: after Ctrl-C, once the step is finished and last.pt written (at once after the second).
-            ValueError: `until` is below the run's step or above max_steps.
-            OSError: a file cannot be written.
-        """
-        train, state = self.train_config, self.state
-        until = train.max_steps if until is None else until
-        if not state.step <= until <= train.max_steps:
-            raise ValueError(
-                f"until={until} is not allowed: must be {state.step} (the run's step) to {train.max_steps}"
-            )
-        if not self._started:
-            self.folder.start(self._settings, self._fingerprint)
-            self._save()
-            self._started = True
-        saved = state.step
-        with Interrupt() as interrupt, TrainingProgress(train.max_steps, state.step, self.quiet) as progress:
-            clock, tokens = time.perf_counter(), 0
-            try:
-                while state.step < until and not interrupt.requested:
-                    metrics = self._update()
-                    progress.advance(state.step)
-                    tokens += metrics["tokens"]
-                    ended = state.step == train.max_steps
-                    validated = len(self._rows_NBT) > 0 and (state.step % train.val_freq == 0 or ended)
-                    if state.step % train.print_freq == 0 or validated or ended:
-                        rate = tokens / (time.perf_counter() - clock)
-                        record = {"step": state.step} | metrics | {"tokens_per_second": round(rate, 1)}
-                        if validated:
-                            record["val_loss"] = self._validated()
-                        self.folder.append_metrics(record)
-                        progress.update(state.step, record["loss"], rate, record.get("val_loss"))
-                        clock, tokens = time.perf_counter(), 0
-                    if state.step % train.checkpoint_freq == 0:
-                        self._save()
-                        saved = state.step
-                # Not in a finally: another error may have come between two tensors of an update.
-                if saved != state.step:
-                    self._save()
-            except NumericalError:
-                self._save()
-                raise
-        if interrupt.requested:
-            raise KeyboardInterrupt
-        return state
+        self._ids, self._rows_NBT = ids, document_rows(val_ids, config.ctx_len, train_config.batch_size)
+        self._validates = len(self._rows_NBT) > 0
+        super().__init__(ThinkerLM, config, train_config, fingerprint_of(ids, val_ids), out, resume, quiet)
 
     def validate(self) -> float:
         """Mean nats per predicted token of the validation documents, in evaluation mode; inf if there are none."""
@@ -297,32 +207,6 @@ class Trainer:
         # Summed in float64: float32 would lose digits over many batches.
         return shortest_float(math.fsum(nats) / counts)
 
-    def _update(self) -> dict[str, Any]:
-        """One step; loss, lr, grad_norm and tokens of it."""
-        state, train = self.state, self.train_config
-        tokens_ABT = self._batch()
-        self._model.train()
-
-        def nats_of(params: Any, batch: tuple[int, Int[np.ndarray, "B T"]]) -> tuple[Tensor, Tensor]:
-            micro, tokens_BT = batch
-            with random_state(self._device, train.seed, _DROPOUT, state.step, micro):
-                return _nats(self._model, params, torch.from_numpy(tokens_BT).to(self._device), amp=train.use_amp)
-
-        mean, gradients, _ = accumulated_gradients(nats_of, state.params, enumerate(tokens_ABT))
-        params: list[Tensor] = list(state.params.values())
-        grads, loss, tokens = list(gradients.values()), mean.item(), counted(tokens_ABT)
-        grad_norm = clip_grad_norm_(grads, train.max_grad_norm).item()
-        must_be_finite(state.step, loss, grad_norm)
-        lr = train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps)
-        adamw_step_many_(params, grads, state.optimizer, lr, BETAS, EPS, train.wd)
-        state.step += 1
-        return {
-            "loss": shortest_float(loss),
-            "lr": shortest_float(lr),
-            "grad_norm": shortest_float(grad_norm),
-            "tokens": tokens,
-        }
-
     def _batch(self) -> Int[np.ndarray, "A B T"]:
         """The micro-batches of the next update."""
         train = self.train_config
@@ -334,41 +218,15 @@ class Trainer:
             ]
         )
 
-    def _validated(self) -> float:
-        """The validation loss, and best.pt if it is the lowest."""
-        loss = validate_loss(self.validate())
-        if loss < self.state.best_val_loss:
-            self.state.best_val_loss = loss
-            self._save(self.folder.best)
-        return loss
+    def _gradients(self, batch: Int[np.ndarray, "A B T"]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        train = self.train_config
 
-    def _save(self, path: Path | None = None) -> None:
-        state, train = self.state, self.train_config
-        lr = train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps)
-        moments = {"exp_avg": [s.m for s in state.optimizer], "exp_avg_sq": [s.v for s in state.optimizer]}
-        steps = [torch.tensor(float(s.t)) for s in state.optimizer]
-        save_checkpoint(
-            self.folder.last if path is None else path,
-            model=export_weights(self._model),
-            optimizer=optimizer_dict(train, lr, steps, moments),
-            scheduler=scheduler_dict(train, state.step, lr),
-            scaler=None,  # bfloat16 has float32's range: nothing has to be scaled
-            step=state.step,
-            best_val_loss=state.best_val_loss,
-        )
+        def nats_of(params: Any, micro_batch: tuple[int, Int[np.ndarray, "B T"]]) -> tuple[Tensor, Tensor]:
+            micro, tokens_BT = micro_batch
+            with random_state(self._device, train.seed, _DROPOUT, self.state.step, micro):
+                return _nats(self._model, params, torch.from_numpy(tokens_BT).to(self._device), amp=train.use_amp)
 
-    @torch.no_grad()
-    def _restore(self) -> None:
-        checkpoint = self.folder.load_last(load_checkpoint)
-        step, moments = saved_moments(checkpoint, list(self.state.params))
-        load_weights(self._model, checkpoint)
-        for key, entry in zip(self.state.params, self.state.optimizer):
-            entry.m.copy_(moments["exp_avg"][key])
-            entry.v.copy_(moments["exp_avg_sq"][key])
-            entry.t = step
-        best = checkpoint.best_val_loss
-        self.state.step, self.state.best_val_loss = step, math.inf if best is None else best
-        self.folder.drop_metrics_after(step)
+        return accumulated_gradients(nats_of, self.state.params, enumerate(batch))
 
 
 def _nats(
@@ -478,26 +336,3 @@ def _checked_ids(name: str, ids: Any, config: ThinkerConfig) -> Int[np.ndarray, 
         raise ValueError(f"{name} has shape {array.shape}, dtype {array.dtype}: must be 1-D integers; see token_stream")
     check_token_ids(torch.from_numpy(array.astype(np.int64)), config.vocab_size, name)
     return array.astype(np.int32)
-
-
-def shortest_float(x: float) -> float:
-    """A float32 as the shortest decimal that is still it: 0.0003, not 0.0003000000142492354."""
-    return float(str(np.float32(x)))
-
-
-def must_be_finite(step: int, loss: float, grad_norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NumericalError(
-            f"update {step + 1}: the loss is {loss} and the gradients' norm {grad_norm}, both must be finite; nothing "
-            f"was updated, and last.pt holds the state after {step} updates. Lower lr, lengthen warmup_steps, or look "
-            "at the data"
-        )
-
-
-@contextlib.contextmanager
-def random_state(device: torch.device, *words: int) -> Iterator[None]:
-    """torch's generators seeded from `words` alone; as they were again afterwards."""
-    seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -5,31 +5,25 @@ Shapes: B rows, T tokens, H height, W width, S samples.
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import export_weights, load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import export_weights, load_weights, save_checkpoint
 from .config import EOS_ID, PAD_ID
 from .fusion import OmniLM, fuse
 from .generation import generate
-from .interrupt import Interrupt
 from .losses import cross_entropy
-from .omni_config import OmniConfig
-from .optim import adamw_step_many_, clip_grad_norm_, init_adamw_state, warmup_cosine
-from .progress import TrainingProgress
-from .run_folder import RunFolder, fingerprint_of, write_json
+from .run_folder import fingerprint_of, write_json
 from .tokenizer import BPETokenizer
 from .train_config import TrainConfig
-from .training import TrainState, accumulated_gradients, must_be_finite, random_state, shortest_float
-from .training_format import BETAS, EPS, optimizer_dict, saved_moments, scheduler_dict
-from .training_utils import NumericalError
+from .training import accumulated_gradients
+from .training_run import TrainingRun
 from .world_batch import (
     Asked,
     WorldRows,
@@ -79,9 +73,11 @@ def train_world(
         KeyboardInterrupt: after Ctrl-C, once the step is finished and last.pt written (at once after the second).
         OSError: a file cannot be written.
     """
-    run = _Run(out, world_training(max_steps, seed), difficulty, resume)
+    run = _WorldRun(out, world_training(max_steps, seed), difficulty, resume, quiet)
+    if not resume:
+        run.folder.write_tokenizer(run.tokenizer_file)
     start = time.perf_counter()
-    run.go(quiet)
+    run.run()
     seconds = time.perf_counter() - start
     run.model.eval()
     save_checkpoint(run.folder.path / "model.safetensors", model=run.model, step=run.state.step, best_val_loss=None)
@@ -134,134 +130,46 @@ def _answers(model: OmniLM, tokenizer: BPETokenizer, name: str, asked: Asked, ze
     return [tokenizer.decode(tokens) for tokens in made.tokens]
 
 
-class _Run:
-    """A run in its folder, as Trainer's is for text."""
+class _WorldRun(TrainingRun[OmniLM]):
+    """A run on the toy world, whose rows are drawn ahead."""
 
-    def __init__(self, out: str | os.PathLike[str], train_config: TrainConfig, difficulty: int, resume: bool) -> None:
-        self.train_config, self.difficulty = train_config, difficulty
-        self.config = world_config()
-        self.folder = RunFolder(out)
-        self.folder.check_run() if resume else self.folder.check_free()
-        self.tokenizer, self._tokenizer_file = world_tokenizer()
-        self._settings = self.config.to_dict() | train_config.to_dict()
-        self._fingerprint = fingerprint_of(*row_levels(self._rows(0)))
-        if resume:
-            self.folder.check_same(self._settings, self._fingerprint)
-        self._device = torch.device("cuda") if torch.cuda.is_available() else torch.get_default_device()
-        with random_state(self._device, train_config.seed):
-            self.model = _fresh(self.config, train_config.seed).to(self._device)
-        params = dict(self.model.named_parameters())
-        self.state = TrainState(params, [init_adamw_state(p) for p in params.values()], 0, math.inf)
-        if resume:
-            self._restore()
-        else:
-            self.folder.write_tokenizer(self._tokenizer_file)
-            self.folder.start(self._settings, self._fingerprint)
-            self._save()
+    def __init__(
+        self, out: str | os.PathLike[str], train_config: TrainConfig, difficulty: int, resume: bool, quiet: bool
+    ) -> None:
+        config = world_config()
+        self.tokenizer, self.tokenizer_file = world_tokenizer()
+        self._rows = partial(
+            world_rows,
+            config,
+            self.tokenizer,
+            train_config.seed,
+            "train",
+            max_steps=train_config.max_steps,
+            difficulty=difficulty,
+        )
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._drawn: dict[int, Future[tuple[WorldRows, WorldRows]]] = {}
+        super().__init__(OmniLM, config, train_config, fingerprint_of(*row_levels(self._rows(0))), out, resume, quiet)
+        if not resume:
+            weights = {key: value.cpu().numpy() for key, value in export_weights(self.model).items()}
+            first = first_weights(config, weights, train_config.seed)
+            load_weights(self.model, {key: torch.from_numpy(x) for key, x in (weights | first).items()})
 
-    def go(self, quiet: bool) -> None:
-        """All updates that are left; last.pt holds the result."""
-        train, state = self.train_config, self.state
-        saved = state.step
-        with Interrupt() as interrupt, TrainingProgress(train.max_steps, state.step, quiet) as progress:
-            clock, tokens = time.perf_counter(), 0
-            try:
-                for rows in self._ahead():
-                    metrics = self._update(rows)
-                    progress.advance(state.step)
-                    tokens += metrics["tokens"]
-                    if state.step % train.print_freq == 0 or state.step == train.max_steps:
-                        rate = tokens / (time.perf_counter() - clock)
-                        record = {"step": state.step} | metrics | {"tokens_per_second": round(rate, 1)}
-                        self.folder.append_metrics(record)
-                        progress.update(state.step, record["loss"], rate)
-                        clock, tokens = time.perf_counter(), 0
-                    if state.step % train.checkpoint_freq == 0:
-                        self._save()
-                        saved = state.step
-                    if interrupt.requested:
-                        break
-                if saved != state.step:
-                    self._save()
-            except NumericalError:
-                self._save()
-                raise
-        if interrupt.requested and state.step < train.max_steps:
-            raise KeyboardInterrupt
+    def _batch(self) -> tuple[WorldRows, WorldRows]:
+        """The rows of the next update; those of the one after it are drawn while it is made."""
+        step = self.state.step
+        drawn = self._drawn.get(step) or self._worker.submit(self._rows, step)
+        self._drawn = {step + 1: self._worker.submit(self._rows, step + 1)}
+        return drawn.result()
 
-    def _rows(self, step: int) -> tuple[WorldRows, WorldRows]:
-        train = self.train_config
-        return world_rows(self.config, self.tokenizer, train.seed, "train", step, train.max_steps, self.difficulty)
-
-    def _ahead(self) -> Iterator[tuple[WorldRows, WorldRows]]:
-        """The rows of each update that is left, drawn while the one before is made."""
-        steps = range(self.state.step, self.train_config.max_steps)
-        with ThreadPoolExecutor(max_workers=1) as worker:
-            drawn = worker.submit(self._rows, self.state.step)
-            for step in steps:
-                rows = drawn.result()
-                drawn = worker.submit(self._rows, step + 1)
-                yield rows
-
-    def _update(self, rows: tuple[WorldRows, WorldRows]) -> dict[str, Any]:
-        """One step; loss, lr, grad_norm and tokens of it."""
-        state, train = self.state, self.train_config
-        self.model.train()
-
+    def _gradients(self, batch: tuple[WorldRows, WorldRows]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         def nats_of(params: Any, part: WorldRows) -> tuple[Tensor, Tensor]:
             given = {
                 name: None if x is None else torch.from_numpy(x).to(self._device) for name, x in part._asdict().items()
             }
             return _nats(self.model, given)
 
-        mean, gradients, count = accumulated_gradients(nats_of, state.params, rows)
-        grads, loss = list(gradients.values()), mean.item()
-        grad_norm = clip_grad_norm_(grads, train.max_grad_norm).item()
-        must_be_finite(state.step, loss, grad_norm)
-        lr = train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps)
-        params: list[Tensor] = list(state.params.values())
-        adamw_step_many_(params, grads, state.optimizer, lr, BETAS, EPS, train.wd)
-        state.step += 1
-        return {
-            "loss": shortest_float(loss),
-            "lr": shortest_float(lr),
-            "grad_norm": shortest_float(grad_norm),
-            "tokens": int(count),
-        }
-
-    def _save(self) -> None:
-        state, train = self.state, self.train_config
-        lr = train.lr * warmup_cosine(state.step, train.warmup_steps, train.max_steps)
-        moments = {"exp_avg": [s.m for s in state.optimizer], "exp_avg_sq": [s.v for s in state.optimizer]}
-        steps = [torch.tensor(float(s.t)) for s in state.optimizer]
-        save_checkpoint(
-            self.folder.last,
-            model=export_weights(self.model),
-            optimizer=optimizer_dict(train, lr, steps, moments),
-            scheduler=scheduler_dict(train, state.step, lr),
-            step=state.step,
-        )
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        checkpoint = self.folder.load_last(load_checkpoint)
-        step, moments = saved_moments(checkpoint, list(self.state.params))
-        load_weights(self.model, checkpoint)
-        for key, entry in zip(self.state.params, self.state.optimizer):
-            entry.m.copy_(moments["exp_avg"][key])
-            entry.v.copy_(moments["exp_avg_sq"][key])
-            entry.t = step
-        self.state.step = step
-        self.folder.drop_metrics_after(step)
-
-
-def _fresh(config: OmniConfig, seed: int) -> OmniLM:
-    """A model with the first weights."""
-    model = OmniLM.from_config(config)
-    weights = export_weights(model)
-    numbers = {key: value.numpy() for key, value in weights.items()}
-    start = {key: torch.from_numpy(value) for key, value in first_weights(config, numbers, seed).items()}
-    return load_weights(model, weights | start)
+        return accumulated_gradients(nats_of, self.state.params, batch)
 
 
 def _nats(model: OmniLM, given: dict[str, Any]) -> tuple[Tensor, Tensor]:

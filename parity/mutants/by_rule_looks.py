@@ -65,6 +65,7 @@ LOOKS: Mapping[str, tuple[Look, ...]] = {
     "autodiff": (_look("autodiff"),),
     "data": (_look("data"), _look("recipe")),
     "training": TRAINING,
+    "training_run": TRAINING,
     "training_utils": TRAINING,
     "image_file": (_look("image"),),
     "audio_file": (_look("mel"), _look("omni")),

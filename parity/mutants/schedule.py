@@ -31,7 +31,7 @@ MUTANTS = (
     _mutant("no-end", "S03", "behind max_steps the cosine rises again",
             Edit(*TORCH, "max(max_steps - step, 0)", "(max_steps - step)"), needs="steps beyond the last one"),
     _mutant("micro-steps", "S04", "the trainer's schedule counts micro-batches",
-            Edit("omni_torch.training", "Trainer._update", "warmup_cosine(state.step, train.warmup",
+            Edit("omni_torch.training_run", "TrainingRun._update", "warmup_cosine(state.step, train.warmup",
                  "warmup_cosine(state.step * train.gradient_accumulation_steps, train.warmup")),
     _mutant("micro-step-lost", "S04", "the trainer leaves out one micro-batch of each update",
             Edit("omni_torch.training", "Trainer._batch", "for micro in range(train.gradient_accumulation_steps)",

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from typer.testing import CliRunner
 
-from omni_jax import training
+from omni_jax import training, training_run
 from omni_jax.__main__ import app
 from omni_jax.checkpoint import load_checkpoint
 from omni_jax.config import ThinkerConfig
@@ -350,11 +350,11 @@ def test_nan_ends_the_run_before_anything_is_changed(tmp_path, monkeypatch, bad)
         return loss + jnp.sqrt(jnp.abs(slope))  # slope Inf · 0 at value 0
 
     monkeypatch.setattr(training, "cross_entropy", spoilt)
-    training._train_step.clear_cache()  # or the program that was compiled with the right loss would run
+    training_run._train_step.clear_cache()  # or the program that was compiled with the right loss would run
     trainer = make(out, resume=True)
     with pytest.raises(NumericalError, match=r"update 4: .*nothing was updated"):
         trainer.run()
-    training._train_step.clear_cache()
+    training_run._train_step.clear_cache()
     assert files(out) == before
     assert trainer.state.step == 3
 
@@ -369,7 +369,7 @@ def test_a_bad_update_is_found_late_and_still_changed_nothing(tmp_path, monkeypa
         return exact(logits, targets) * jnp.where(jnp.any(targets == 279), jnp.nan, 1.0)
 
     monkeypatch.setattr(training, "cross_entropy", spoilt)
-    training._train_step.clear_cache()
+    training_run._train_step.clear_cache()
     trainer = make(out, resume=True, print_freq=100, val_freq=100, checkpoint_freq=100)
     batch = trainer._batch
 
@@ -382,17 +382,18 @@ def test_a_bad_update_is_found_late_and_still_changed_nothing(tmp_path, monkeypa
     trainer._batch = poisoned
     with pytest.raises(NumericalError, match="update 4: "):
         trainer.run()
-    training._train_step.clear_cache()
+    training_run._train_step.clear_cache()
     assert load_checkpoint(out / "last.pt").step == trainer.state.step == 3
 
 
 def test_a_run_compiles_once_and_donates(tmp_path, monkeypatch) -> None:
-    for name in ("_train_step", "_validation"):
-        function = getattr(training, name).__wrapped__
-        static = ("graphdef", "train_config") if name == "_train_step" else ("graphdef",)
-        donated = ("params", "optimizer", "before") if name == "_train_step" else ()
-        counted = chex.assert_max_traces(function, n=1)
-        monkeypatch.setattr(training, name, jax.jit(counted, static_argnames=static, donate_argnames=donated))
+    static, donated = ("gradients_of", "graphdef", "train_config"), ("params", "optimizer", "before")
+    for module, name, given in (
+        (training_run, "_train_step", {"static_argnames": static, "donate_argnames": donated}),
+        (training, "_validation", {"static_argnames": "graphdef"}),
+    ):
+        counted = chex.assert_max_traces(getattr(module, name).__wrapped__, n=1)
+        monkeypatch.setattr(module, name, jax.jit(counted, **given))
     trainer = make(tmp_path / "run")
     old = jax.tree.leaves((trainer.state.params, trainer.state.optimizer))
     trainer.run(until=5)

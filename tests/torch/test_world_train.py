@@ -37,19 +37,6 @@ def small(monkeypatch):
     monkeypatch.setattr(world_train, "evaluate_world", lambda *given, **named: whole(*given, **named | {"count": 3}))
 
 
-def interrupted(out, at: int) -> None:
-    """A run that Ctrl-C stops after `at` steps."""
-    run = world_train._Run(out, world_training(STEPS, 0), 1, False)
-
-    class Stops(world_train.Interrupt):
-        requested = property(lambda self: run.state.step >= at, lambda self, value: None)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world_train, "Interrupt", Stops)
-        with pytest.raises(KeyboardInterrupt):
-            run.go(quiet=True)
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     return tmp_path_factory.mktemp("world") / "run"
@@ -85,7 +72,9 @@ def test_the_loss_falls(tmp_path) -> None:
 def test_resume_gives_the_same_bits(out, tmp_path) -> None:
     if not (out / "last.pt").exists():
         train_world(out, max_steps=STEPS, quiet=True)
-    interrupted(tmp_path, at=2)
+    run = world_train._WorldRun(tmp_path, world_training(STEPS, 0), 1, resume=False, quiet=True)
+    run.folder.write_tokenizer(run.tokenizer_file)
+    run.run(until=2)
     assert load_checkpoint(tmp_path / "last.pt").step == 2
     train_world(tmp_path, max_steps=STEPS, resume=True, quiet=True)
     assert (tmp_path / "last.pt").read_bytes() == (out / "last.pt").read_bytes()
@@ -142,7 +131,7 @@ def test_answers_are_judged_exactly_and_beside_the_commonest() -> None:
 def test_the_evaluation_is_that_of_each_question_alone(monkeypatch) -> None:
     """In one batch with the others, and for the words of a model that always says the same."""
     tokenizer, _ = world_tokenizer()
-    model = world_train._fresh(CONFIG, 0)
+    model = OmniLM.from_config(CONFIG)
     model.eval()
     pictures, clips = world_questions(0, "heldout", 3)
     for name, asked in (("pictures", pictures), ("clips", clips)):
