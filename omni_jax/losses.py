@@ -24,7 +24,7 @@ def cross_entropy(
 
     Computed and returned in promote_types(dtype, float32). When every target is ignored: 0.0, with zero gradients.
     `ignore_index` is written out: PAD is 0 here; a label of −100 would wrap to class V − 100 in optax's loss. Inside
-    jit a target out of range makes the loss NaN.
+    jit a target out of range makes the loss NaN, and its row has no gradient.
 
     Raises:
         TokenIdError: a target outside 0 … V − 1 that is not `ignore_index`, where the targets are concrete.

@@ -28,7 +28,7 @@ from parity.draws import OverDraws, with_draws
 from parity.errors import CannotLook
 from parity.precision import precision as format_of
 from parity.precision import unit_roundoff
-from parity.primitives import DISCRETE, IMPLEMENTATIONS, RULES, by_jax
+from parity.primitives import DISCRETE, IMPLEMENTATIONS, RULES, by_jax, lifted, lost_products
 from parity.verdict import THRESHOLDS, Noise, Thresholds, pool_sigma
 
 __all__ = [
@@ -248,6 +248,8 @@ class _Run:
         self.noise = noise
         self.shake = shake
         self.taps: dict[str, np.ndarray] = {}
+        self.kinds: dict[str, Any] = {}
+        """The types of the taps."""
         self.choices: list[tuple[str, str, np.ndarray]] = []
         self.pins: dict[str, None] = {}
         self.precision = precision
@@ -321,10 +323,12 @@ class _Run:
         outputs = self.value(eqn, inputs)
         if name == "name" and eqn.params["name"] not in self.taps:
             self.taps[eqn.params["name"]] = outputs[0]
+            self.kinds[eqn.params["name"]] = typed.outvars[0].aval.dtype
         rule = RULES[name]
         if rule is None or outputs[0].dtype.kind not in "fc":
             return outputs
-        return [self.rounded(outputs[0], typed, lambda: rule(eqn, inputs, outputs)), *outputs[1:]]
+        where = (eqn, inputs, rule)
+        return [self.rounded(outputs[0], typed, lambda: rule(eqn, inputs, outputs), where), *outputs[1:]]
 
     def value(self, eqn, inputs) -> list:
         implementation = IMPLEMENTATIONS.get(eqn.primitive.name)
@@ -338,8 +342,11 @@ class _Run:
             raise CannotLook(f"primitive {eqn.primitive.name!r} ({_where(eqn)}) {words}") from error
         return [o if _is_key(o.dtype) else np.asarray(o) for o in (out if isinstance(out, (list, tuple)) else [out])]
 
-    def rounded(self, out: np.ndarray, typed, variance: Callable[[], np.ndarray]) -> np.ndarray:
-        """Add the noise of one rounding; `typed` tells the type that it rounds to."""
+    def rounded(self, out: np.ndarray, typed, variance: Callable[[], np.ndarray], step: Any = None) -> np.ndarray:
+        """Add the noise of one rounding; `typed` tells the type that it rounds to.
+
+        `step` is (equation, inputs, rule) where a primitive's own rule gives the variance.
+        """
 
         def deviation():
             var = variance()
@@ -355,9 +362,15 @@ class _Run:
                 std = np.sqrt(var) / self.unit
             else:
                 std = np.sqrt(var) * (own / self.unit)
+                if step is not None:
+                    eqn, inputs, rule = step
+                    std = lifted(eqn, inputs, rule, out, np.sqrt(var)) * (own / self.unit)
             # Below the smallest normal number the error is absolute: hardware may flush the result to zero.
             tiny = _tiny(kind)
             std = np.where((np.abs(out) < tiny) & (std > 0), np.maximum(std, tiny / self.unit), std)
+            within = min(tiny, _tiny("float32"))  # products of narrow types are float32 numbers
+            if step is not None and (lost := lost_products(step[0], step[1], within)) is not None:
+                std = np.hypot(std, lost / self.unit)
             std = np.where(np.isfinite(std) & np.isfinite(out), std, 0.0)
             return _Rounding(std, pinned) if std.any() else None
 
@@ -676,8 +689,11 @@ def measure_program(
 
     moved = sample(min(draws, 3), AMPLITUDE, shake=shake)[0] if kappa else [np.zeros(0)] * len(errors)
     noise = []
-    for error, move in zip(errors, moved):
+    kinds = [*(v.aval.dtype for v in program.types.jaxpr.outvars), *(first.kinds[n] for n in names)]
+    for exact, kind, error, move in zip(whole, kinds, errors, moved):
         sigma, dof = pool_sigma(error)
+        if _is_float(kind) and first.roundoff(kind) == first.unit:
+            sigma = np.where(sigma > 0, np.maximum(sigma, stored_noise(exact)), sigma)
         noise.append(Noise(sigma, dof, float(np.sqrt(np.mean(np.square(move)))) if move.size else 0.0))
 
     pinned = None
@@ -708,6 +724,16 @@ def measure_program(
         tree=program.tree,
         notes=list(program.notes),
     )
+
+
+def stored_noise(exact: np.ndarray) -> np.ndarray:
+    """Standard deviation, per unit roundoff, of the rounding that every stored number has had: 2^e / √3 for m · 2^e.
+
+    The least that an element which is not exact can have: a smaller figure is the luck of a few draws.
+    """
+    with np.errstate(invalid="ignore"):
+        _, exponent = np.frexp(np.where(np.isfinite(exact), np.abs(exact), 0.0))
+        return np.where(exact == 0, 0.0, np.ldexp(1.0, exponent - 1) / math.sqrt(3))
 
 
 def _error(noisy: np.ndarray, exact: np.ndarray) -> np.ndarray:

@@ -21,7 +21,17 @@ import numpy as np
 from parity.convolution import convolve
 from parity.errors import CannotLook
 
-__all__ = ["DISCRETE", "ELEMENTWISE", "IMPLEMENTATIONS", "RULES", "bind_equation", "by_jax", "dot_general"]
+__all__ = [
+    "DISCRETE",
+    "ELEMENTWISE",
+    "IMPLEMENTATIONS",
+    "RULES",
+    "bind_equation",
+    "by_jax",
+    "dot_general",
+    "lifted",
+    "lost_products",
+]
 
 Rule = Callable[[Any, list[np.ndarray], list[np.ndarray]], Any]
 
@@ -204,6 +214,67 @@ def _scatter_sum(eqn, inputs, outputs):
 def _scatter_product(eqn, inputs, outputs):
     count = _scatter(eqn, [np.zeros(inputs[0].shape), inputs[1], np.ones(inputs[2].shape)], np.add)
     return count * _squared(outputs[0]) / 3
+
+
+FAINT = 2.0**-480
+"""Below it squares are no longer exact enough in float64, or are 0."""
+LIFT = 900
+"""Binary orders of magnitude that bring such numbers near 1, and keep the largest of them finite when squared."""
+
+
+def lifted(eqn: Any, inputs: list[np.ndarray], rule: Rule, out: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """`std`, the root of what `rule` gave, where the squares in that rule underflow: from numbers scaled up.
+
+    Every rule is of the second degree in what it sums or returns, so a power of two goes through it unchanged. An
+    elementary function's variance follows from its result; that of a sum from its terms too, which are then scaled
+    together: only where all of them are so small.
+    """
+    name = eqn.primitive.name
+    faint = (np.abs(out) < FAINT) & (out != 0)
+    if not faint.any() or out.dtype.kind == "c":
+        return std
+    if name in ELEMENTWISE and name not in _OF_INPUTS:
+        raised = np.sqrt(rule(eqn, inputs, [np.where(faint, np.ldexp(out, LIFT), 0.0)]))
+        return np.where(faint, np.ldexp(raised, -LIFT), std)
+    if name not in SUMS:
+        return std
+    terms, total = list(inputs), 0
+    for at in SUMS[name]:
+        size = np.max(np.abs(terms[at]), initial=0.0)
+        if size > 0 and np.isfinite(size):
+            shift = -int(np.frexp(size)[1])
+            terms[at], total = np.ldexp(terms[at], shift), total + shift
+    if len(SUMS[name]) == 1:
+        largest = np.max(np.abs(inputs[SUMS[name][0]]), initial=0.0)
+    else:
+        largest = np.ldexp(1.0, -total)
+    if not largest < FAINT:
+        return std
+    return np.ldexp(np.sqrt(rule(eqn, terms, [np.ldexp(out, total)])), -total)
+
+
+SUMS = {"reduce_sum": (0,), "cumsum": (0,), "fft": (0,), "dot_general": (0, 1), "conv_general_dilated": (0, 1)}
+"""Sums, and which of their operands are scaled."""
+_OF_INPUTS = {"lgamma", "digamma"}
+"""Elementary functions whose error is absolute."""
+
+
+def lost_products(eqn: Any, inputs: list[np.ndarray], tiny: float) -> np.ndarray | None:
+    """What a sum of products loses where products lie below the smallest normal number, `tiny`; None where none do.
+
+    XLA's CPU code takes such a product, and any partial sum of that size, for zero; others round it to a multiple of
+    the smallest subnormal. All of them err the same way, so what is lost is at most their sum, and at most `tiny` each.
+    """
+    if eqn.primitive.name != "dot_general":
+        return None
+    left, right = (np.abs(x) for x in inputs)
+    least = [np.min(x, initial=np.inf, where=x > 0) for x in (left, right)]
+    if not least[0] * least[1] < tiny:  # two looks at the operands, not one at every product
+        return None
+    numbers = eqn.params["dimension_numbers"]
+    count = dot_general((left > 0) * 1.0, (right > 0) * 1.0, numbers)
+    # A sum that is far above what could be lost in it has an error of its own that hides it.
+    return np.minimum(dot_general(left, right, numbers), tiny * count)
 
 
 _EXACT = """

@@ -224,8 +224,9 @@ def _mlps() -> list[Subject]:
         left, right = getattr(ours, name), getattr(theirs, name)
         return lambda: _modules(lambda rngs: left(D, F, rngs=rngs), lambda: right(D, F), name)
 
-    # Smaller inputs have products below float32's smallest normal number, which XLA takes for zero.
-    return [_single("swiglu", mlp("SwiGLU"), sizes=(-12, 2)), _single("gelu", mlp("GELUMLP"), sizes=(-12, 2))]
+    # Smaller inputs of a product of two have results below float32's smallest normal number: XLA takes them for zero,
+    # which is in the noise but not in the conditioning, so that it is UNSTABLE.
+    return [_single("swiglu", mlp("SwiGLU"), sizes=(-12, 2)), _single("gelu", mlp("GELUMLP"))]
 
 
 def _moe() -> Subject:
@@ -246,6 +247,8 @@ def _moe() -> Subject:
         return made
 
     def draw(d: Callable[..., Any]) -> Example:
+        # Smaller ones have products below float32's smallest normal number. XLA takes them for zero, which is in the
+        # noise but not in the conditioning, so that it is UNSTABLE.
         x, number_ = floats(d, (*choice(d, SHAPES), D), (-12, 2)), number(d, 0, 5)
         return Example((x,), weights=number_, variant=choice(d, (True, False)), exact=number_ == 0)
 
@@ -286,7 +289,7 @@ def _cross_entropy() -> Subject:
 
     def draw(d: Callable[..., Any]) -> Example:
         shape = choice(d, SHAPES)
-        # torch takes the gradient as exp(x - logsumexp), which errs by the size of the logits.
+        # torch takes the gradient as exp(x - logsumexp), whose exponent it has rounded; JAX's x - max is often exact.
         sloped = choice(d, (False, True))
         logits = floats(d, (*shape, V), (-30, 0), False, MILD) if sloped else floats(d, (*shape, V))
         if choice(d, (False, True)):
@@ -317,8 +320,7 @@ def _truncated() -> Subject:
         import hypothesis
 
         setting = choice(d, SETTINGS)
-        # Not so far apart that exp falls below the smallest normal number, which XLA takes for zero.
-        logits = floats(d, (choice(d, (1, 3)), V), (-30, 1), False, MILD)
+        logits = floats(d, (choice(d, (1, 3)), V))
         if choice(d, (False, True)):
             logits[:, number(d, 1, V - 1)] = -np.inf
         temperature, top_k, top_p = setting

@@ -150,6 +150,11 @@ def pool_sigma(draws: np.ndarray) -> tuple[np.ndarray, float]:
         raise ValueError(
             "draws: NaN or infinite; give the error 0 where values are not finite, so that it is not judged"
         )
+    largest = float(np.max(np.abs(draws), initial=0.0))
+    if 0 < largest < 2.0**-400:  # their squares would underflow; a power of two changes no digit
+        shift = -math.frexp(largest)[1]
+        sigma, dof = pool_sigma(np.ldexp(draws, shift))
+        return np.ldexp(sigma, -shift), dof
     # A square may underflow to 0 where the draw did not: that element carries noise all the same.
     moving = np.any(draws != 0, axis=0)
     raw = np.where(moving, np.maximum(np.mean(np.square(draws), axis=0), np.finfo(float).tiny), 0.0)

@@ -49,6 +49,8 @@ PEAK = {"peak": np.asarray(1e-2, np.float32)}
 """The learning rate at a factor of 1, the same number in every precision; no power of two, so that its product rounds:
 0.1 itself is rounded in float32, and carries no noise that could excuse it."""
 PRECISIONS = ("float64", "float32")
+DRAWS = 24
+"""All elements of a clipped gradient share one number, the norm's error: a few draws would not tell its size."""
 
 
 def problem(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -80,7 +82,7 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
     devices = resolve_device(scope.device)
     judge = Judge(
         pair_of_steps(_jax_steps, _torch_steps, start),
-        draws=scope.draws,
+        draws=max(scope.draws, DRAWS),
         seed=scope.seed,
         devices=devices,
         device=scope.device,

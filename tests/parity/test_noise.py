@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -355,3 +356,57 @@ def test_the_noise_of_a_sum_grows_like_the_root_of_its_length(terms: int, seed: 
     # Zero-mean terms: S^2 is about the sum of t^2, so var = (K / 6) sum t^2.
     expected = np.sqrt(terms / 6) * rms(np.sqrt(np.square(x).sum(1)))
     assert rms(model.sigma[0]) / expected == pytest.approx(1, abs=0.35)
+
+
+def test_no_stored_element_is_less_noisy_than_its_own_rounding(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((300, 40)).astype(np.float32) for _ in range(2))
+    product = lambda x, y: {"rounded": x * y, "as it was": x}  # noqa: E731
+    made = noise.measure_noise(product, (x, y), "float32", draws=3)
+    floor = noise.stored_noise(np.float64(x) * y)
+    assert (made.noise[1].sigma >= floor).all()
+    assert not made.noise[0].sigma.any()  # what was not computed is bit-equal
+    monkeypatch.setattr(noise, "stored_noise", np.zeros_like)
+    bare = noise.measure_noise(product, (x, y), "float32", draws=3).noise[1].sigma
+    assert (bare < floor).any()
+
+
+def test_what_is_stored_in_a_wider_type_has_no_such_floor() -> None:
+    x = np.linspace(1.0, 2.0, 50).astype(ml_dtypes.bfloat16)
+    widened = lambda x: jnp.sqrt(x.astype(jnp.float32))  # noqa: E731
+    made = noise.measure_noise(widened, (x,), "bfloat16")
+    assert (made.noise[0].sigma < noise.stored_noise(np.sqrt(x.astype(float)))).all()
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_products_below_the_smallest_normal_number_may_be_lost_whole(precision: str) -> None:
+    kind = np.dtype(precision)
+    tiny = float(np.finfo(kind).smallest_normal)
+    x = np.full((3, 40), 0.3 * np.sqrt(tiny), kind)  # forty products of 0.09 tiny: their sum is a normal number
+    model = noise.measure_noise(lambda x: x @ x.T, (x,), precision)
+    with jax.enable_x64(precision == "float64"):
+        made = np.asarray(jax.jit(lambda x: x @ x.T)(x), np.float64)
+    assert (model.reference[0] > tiny).all()
+    assert (model.sigma[0] * unit_roundoff(precision) * THRESHOLDS.z > np.abs(made - model.reference[0])).all()
+
+
+def test_products_of_ordinary_size_have_no_such_noise() -> None:
+    x = np.full((3, 40), 1e-12, np.float32)
+    x[0, 0] = 1e-30  # one product below the smallest normal number, in a sum that is far above it
+    model = noise.measure_noise(lambda x: x @ x.T, (x,), "float32")
+    assert (model.sigma[0] < 40 * model.reference[0]).all()
+
+
+@pytest.mark.parametrize("size", [-300.0, -600.0, -700.0])
+def test_faint_numbers_of_float64_have_the_noise_of_any_other(size: float) -> None:
+    x = np.linspace(size, size - 1.0, 50)
+    made = noise.measure_noise(lambda x: jnp.exp(x) * 3.0, (x,), "float64")
+    plain = noise.measure_noise(lambda x: jnp.exp(x) * 3.0, (x - size,), "float64")
+    ratio = (made.sigma[0] / made.reference[0]) / (plain.sigma[0] / plain.reference[0])
+    assert (np.abs(np.log2(ratio)) < 1).all()
+
+
+def test_results_below_the_smallest_normal_number_have_it_as_their_noise() -> None:
+    made = noise.measure_noise(jnp.exp, (np.linspace(-735.0, -740.0, 20),), "float64")
+    ratio = made.sigma[0] * unit_roundoff("float64") / np.finfo(float).smallest_normal
+    assert ((ratio > 1 / 4) & (ratio < 4)).all()
