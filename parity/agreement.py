@@ -61,10 +61,7 @@ def compare(
     pair = pair_of(
         jax, torch, params, loss=loss, rename=rename, axes=axes, torch_shapes=torch_shapes, name="compare"
     )  # fmt: skip
-    if weights is None and torch_shapes is not None:
-        raise Misuse("weights: a torch function has none of its own; pass weights={name: array}")
-    if weights is None:
-        weights = {k: v.detach().cpu().double().numpy() for k, v in torch.named_parameters()}
+    weights = pair.weights(weights)
     judge = Judge(pair, draws=draws, seed=seed, devices=resolve_device(device), device=device)
     inputs = tuple(np.asarray(x) for x in inputs)
     result = CheckResult("compare")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from parity import cache, checks
+from parity.causes import SECONDS
 from parity.errors import CannotLook, Misuse
 from parity.locate_command import locate
 from parity.mutants.by_rule_command import with_rules
@@ -130,6 +131,10 @@ def run(
     figures: Annotated[
         str | None, typer.Option("--figures", metavar="DIR", help="Draw the training runs into this folder, as SVG.")
     ] = None,
+    explain: Annotated[
+        float,
+        typer.Option("--explain", min=0, metavar="SECONDS", help="Of a failure: look so long for causes, in all."),
+    ] = SECONDS,
     search: Annotated[
         bool,
         typer.Option(
@@ -177,7 +182,7 @@ def run(
         _make_folder(figures)
     cache.keep_arrays()
     with _progress(len(set(only_names)) or len(checks.CHECKS)) as progress:
-        result = runner.run(scope, only_names, progress, matmul=matmul)
+        result = runner.run(scope, only_names, progress, matmul=matmul, explain=explain)
     from parity.report import console as console_report
 
     console_report.render(result, _console())

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from parity.errors import CannotLook
-from parity.noise import inside
 from parity.pair import Pair
-from parity.primitives import bind_equation
-from parity.sides import LOOPS
+from parity.sides import with_taps
 from parity.weights import Link
 
-__all__ = ["TAP", "cotangents", "cut", "with_taps"]
+__all__ = ["TAP", "cotangents", "cut"]
 
 TAP = "tap "
 """Before the name of a tap among the parameters of a cut pair."""
@@ -37,7 +35,7 @@ def cut(
 
     def jax_cut(params: Any, *inputs: Any) -> dict[str, Any]:
         given = dict(zip(names, params["taps"]))
-        outputs, seen = with_taps(pair.jax, params["own"], inputs, lambda name, value: given.get(name, value))
+        outputs, seen = _tapped(pair.jax, params["own"], inputs, lambda name, value: given.get(name, value))
         return _together(outputs, {name: seen[name] for name in names})
 
     template = {
@@ -58,40 +56,14 @@ def _together(outputs: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     return {"outputs": outputs, "taps": dict(seen)}
 
 
-def with_taps(
+def _tapped(
     function: Callable[..., Any], params: Any, inputs: Sequence[Any], behind: Callable[[str, Any], Any]
 ) -> tuple[Any, dict[str, Any]]:
     """(result, what arrived at each tap) of a JAX function that goes on from `behind(name, value)` at each tap."""
     import jax
 
     closed, shape = jax.make_jaxpr(function, return_shape=True)(params, *inputs)
-    seen: dict[str, Any] = {}
-
-    def holds(jaxpr: Any) -> bool:
-        return any(
-            eqn.primitive.name == "name"
-            or (eqn.primitive.name not in LOOPS and (inner := inside(eqn)) is not None and holds(inner[0]))
-            for eqn in jaxpr.eqns
-        )
-
-    def evaluate(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, values))
-        read = lambda v: v.val if hasattr(v, "val") else env[v]  # noqa: E731
-        for eqn in jaxpr.eqns:
-            read_in = [read(v) for v in eqn.invars]
-            inner = None if eqn.primitive.name in LOOPS else inside(eqn)
-            if inner is not None and holds(inner[0]):
-                out = evaluate(*inner, read_in)
-            elif eqn.primitive.name == "name" and eqn.params["name"] not in seen:
-                name = eqn.params["name"]
-                seen[name] = read_in[0]
-                out = [behind(name, read_in[0])]
-            else:
-                out = bind_equation(eqn, eqn.params, read_in)
-            env.update(zip(eqn.outvars, out))
-        return [read(v) for v in jaxpr.outvars]
-
-    leaves = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves((params, *inputs)))
+    leaves, seen = with_taps(closed, behind)(*jax.tree.leaves((params, *inputs)))
     return jax.tree.unflatten(jax.tree.structure(shape), leaves), seen
 
 
@@ -179,7 +151,7 @@ def cotangents(pair: Pair, params: Any, inputs: Sequence[Any], taps: Mapping[str
         def total(added: Any) -> Any:
             extra = dict(zip(names, added))
             behind = lambda name, value: value + extra[name] if name in extra else value  # noqa: E731
-            return loss(with_taps(pair.jax, params, inputs, behind)[0], *inputs)
+            return loss(_tapped(pair.jax, params, inputs, behind)[0], *inputs)
 
         return jax.grad(total)(given)
 

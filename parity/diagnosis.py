@@ -1,24 +1,28 @@
 """Why do the sides part here? Known causes, tried as hypotheses; the one that explains the residual is named.
 
 Families of causes are tried on the tensor at which the sides part. Two serve anybody's pair: what may have been done to
-the array (parity.causes_arrays), and what may be otherwise at one place of the JAX program, its constants, order,
-weights and inputs (parity.causes_program; for gradients, parity.causes_flow). Optimizers have formulas of their own
-(parity.causes_optimizer). The last knows our models: the bugs of the catalogue, put into the other twin
-(parity.causes_model).
+the array (parity.causes.arrays), and what may be otherwise at one place of the JAX program, its constants, order,
+weights and inputs (parity.causes.program; for gradients, parity.causes.flow). Optimizers have formulas of their own
+(parity.causes.optimizer). The last knows our models: the bugs of the catalogue, put into the other twin
+(parity.causes.model).
 
-A cause is named when it brings the residual to within the noise, or explains as much of it as THRESHOLDS asks.
+A cause is named when it brings the residual to within the noise, or explains as much of it as THRESHOLDS asks. Where
+nothing does, a residual that is as large as the rounding of a narrower type, and spread like it, is named as that.
+Looking has a limit in seconds; what was left untried is said.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from parity import causes_arrays, causes_optimizer
-from parity.causes_arrays import Hypothesis, share
+from parity.causes import arrays, optimizer
+from parity.causes.arrays import Hypothesis, share
 from parity.errors import CannotLook
 from parity.pair import Pair
 from parity.precision import precision as format_of
@@ -30,6 +34,10 @@ __all__ = ["Diagnosis", "Question", "best", "diagnose", "part"]
 
 FEW = 8
 """A tensor of fewer elements is too small for a fit."""
+MANY = 256
+"""A tensor of fewer elements cannot show that its residual is spread like noise."""
+SMALLEST = 1 / 8
+"""In units of a narrower type's noise: less than this is not what computing a part in it leaves."""
 GENERAL = 5
 """From this rank on a hypothesis fits a number that nobody would write."""
 
@@ -50,10 +58,18 @@ class Diagnosis:
     named: bool
     """Whether it is good enough to be called the cause."""
     family: str
-    """arrays, program, flow, optimizer or model."""
+    """arrays, program, flow, optimizer, model or size."""
     tried: int
+    ended: bool = True
+    """Whether everything was tried before the time was up."""
 
     def __str__(self) -> str:
+        return self._words + ("" if self.ended else f"; the time was up after {self.tried} causes, the rest is untried")
+
+    @property
+    def _words(self) -> str:
+        if self.family == "size":
+            return f"{self.cause}: {self.words}"
         much = f"explains {min(self.share, 1.0):.1%} of the residual, which leaves z = {self.left:.2g}"
         if self.named:
             return f"{self.cause}: {self.words}; {much}"
@@ -76,6 +92,13 @@ class Question:
     noise: Mapping[str, Noise]
     parted: frozenset[str] = frozenset()
     """Every tensor that differs."""
+    until: float = math.inf
+    """When the time is up, as time.monotonic() tells it."""
+
+    @property
+    def up(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() >= self.until
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -84,11 +107,11 @@ class Question:
         rounded = {k: np.asarray(v).astype(dtype) for k, v in self.weights.items()}
         return (self.pair.jax_params(rounded), *as_inputs(self.inputs, self.precision))
 
-    def left(self, value: np.ndarray, tensor: str = "") -> Any:
-        """The distance of theirs from a value."""
+    def left(self, value: np.ndarray, tensor: str = "", precision: str = "") -> Any:
+        """The distance of theirs from a value, in units of the precision's noise or another's."""
         tensor = tensor or self.tensor
         noise = self.noise[tensor]
-        unit = unit_roundoff(self.precision) * np.sqrt(2.0)
+        unit = unit_roundoff(precision or self.precision) * np.sqrt(2.0)
         # The noise is that of our values, theirs may be larger: they may have as much for their size. Elements without
         # noise, which a mask kept at zero, are measured by the tensor's own.
         moving = noise.sigma[noise.sigma > 0]
@@ -103,35 +126,54 @@ class Question:
 def diagnose(question: Question, model: bool = True) -> Diagnosis | None:
     """The best cause, or None if nothing could be tried. `model`: the library of our own models' bugs as well."""
     found: list[Diagnosis | None] = []
+    question = _upstream(question)
     more = _with_more(question)
     asked = [question] if more is question else [more, question]
     with np.errstate(all="ignore"):
         for one in asked:
+            if found and one.up:
+                break
             few = one.theirs[one.tensor].size < FEW
             found.append(best(one, "arrays", _on_arrays(one), few))
-            if causes_optimizer.fits(one.tensor):
-                found.append(causes_optimizer.diagnose(one))
+            if optimizer.fits(one.tensor):
+                found.append(optimizer.diagnose(one))
             elif one.tensor.startswith("gradient ") and "loss" not in one.parted:
-                from parity import causes_flow
+                from parity.causes import flow
 
-                found.append(causes_flow.diagnose(one))
+                found.append(flow.diagnose(one))
             else:
                 found.append(_on_program(one, few))
             if any(d is not None and d.within for d in found):
                 break
+        if not any(d is not None and d.named for d in found):
+            found.append(_by_size(question))
         if model and not any(d is not None and d.within for d in found):
-            from parity import causes_model
+            from parity.causes import model as library
 
-            if causes_model.fits(question.pair):
-                found.append(causes_model.diagnose(question))
+            if library.fits(question.pair):
+                found.append(library.diagnose(question))
     known = [d for d in found if d is not None]
     if not known:
         return None
     tried = sum(d.tried for d in known)
     # A general factor explains what a place in the program explains too: the place is the better answer.
-    order = ("model", "program", "flow", "optimizer", "arrays")
+    order = ("model", "program", "flow", "optimizer", "arrays", "size")
     winner = max(known, key=lambda d: (d.within, d.named, round(d.share, 6), -order.index(d.family)))
-    return replace(winner, tried=tried)
+    return replace(winner, tried=tried, ended=not question.up)
+
+
+def _upstream(question: Question) -> Question:
+    """Of several outputs that differ the one that the fewest steps of the program make: it is nearest to the cause."""
+    outputs = [
+        n for n in question.ours if n in question.parted and not n.startswith(("tap ", "gradient ")) and n != "loss"
+    ]
+    if question.tensor not in outputs or len(outputs) < 2 or optimizer.fits(question.tensor):
+        return question
+    try:
+        steps = dict(zip(outputs, (len(flat.steps) for flat in _parts(question, outputs, run=False))))
+    except CannotLook:
+        return question
+    return replace(question, tensor=min(outputs, key=lambda n: (steps[n], outputs.index(n))))
 
 
 def _with_more(question: Question) -> Question:
@@ -155,6 +197,8 @@ def best(question: Question, family: str, hypotheses: Iterable[Hypothesis], few:
     ours, theirs = question.ours[question.tensor], question.theirs[question.tensor]
     winner, key, tried = None, None, 0
     for hypothesis in hypotheses:
+        if question.up and winner is not None:
+            break
         tried += 1
         if few and hypothesis.number is not None:
             continue
@@ -180,12 +224,28 @@ def best(question: Question, family: str, hypotheses: Iterable[Hypothesis], few:
     return Diagnosis(question.tensor, hypothesis.cause, hypothesis.words, much, left, within, named, family, tried)
 
 
+def _by_size(question: Question) -> Diagnosis | None:
+    """The type whose rounding is as large as the residual, and as evenly spread over rows, columns and elements."""
+    ours = question.ours[question.tensor]
+    own = unit_roundoff(question.precision)
+    for name in ("float32", "float16", "bfloat16"):
+        if unit_roundoff(name) <= own or ours.size < MANY:
+            continue
+        distance = question.left(ours, precision=name)
+        if distance.within and distance.rms >= SMALLEST:
+            words = (
+                f"as much as computing in {name} leaves here, and spread like it (z = {distance.rms:.2g} of its noise)"
+            )
+            return Diagnosis(question.tensor, "rounded inside", words, 0.0, distance.rms, False, True, "size", 1)
+    return None
+
+
 def _on_arrays(question: Question) -> Iterable[Hypothesis]:
-    return causes_arrays.hypotheses(question.ours[question.tensor], question.theirs[question.tensor])
+    return arrays.hypotheses(question.ours[question.tensor], question.theirs[question.tensor])
 
 
 def _on_program(question: Question, few: bool) -> Diagnosis | None:
-    from parity import causes_program
+    from parity.causes import program
     from parity.noise import _pools
 
     with _pools().limit(limits=1, user_api="blas"):
@@ -205,7 +265,7 @@ def _on_program(question: Question, few: bool) -> Diagnosis | None:
             return Diagnosis(tensor, "rounded inside", words, much, fed.left(flat.value).rms, True, True, "program", 1)
         if not replace(question, theirs={tensor: ours}).left(flat.value).within:
             return None  # something else is judged than what the function returns
-        return best(fed, "program", causes_program.hypotheses(flat, theirs), few)
+        return best(fed, "program", program.hypotheses(flat, theirs), few)
 
 
 def _narrow_casts(flat: Any) -> list[str]:
@@ -217,33 +277,37 @@ def _narrow_casts(flat: Any) -> list[str]:
 
 def part(question: Question) -> Any:
     """The part of the JAX program that makes the tensor, fed with what the other side has at the taps before it."""
+    return _parts(question, [question.tensor])[0]
+
+
+def _parts(question: Question, tensors: Sequence[str], run: bool = True) -> list[Any]:
+    """`part` of several tensors of one kind, from one trace. `run`: whether they are evaluated, or only laid out."""
     import jax
 
-    from parity.causes_program import Flat
+    from parity.causes.flat import Flat
     from parity.noise import Tracer
     from parity.weights import leaf_names
 
-    pair, tensor = question.pair, question.tensor
-    args = question.args
-    backwards = tensor.startswith("gradient ")
+    pair, args = question.pair, question.args
+    backwards = tensors[0].startswith("gradient ")
     tracer = Tracer(pair.jax_program() if backwards else forward(pair))
     closed, tree = tracer.jaxpr(args, "float64")
-    names = [*leaf_names(args[0]), *(f"input {i}" for i in range(1, len(args)))]
+    leaves, names = jax.tree.leaves(args), [*leaf_names(args[0]), *(f"input {i}" for i in range(1, len(args)))]
     cuts = {k.removeprefix("tap "): v for k, v in question.theirs.items() if k.startswith("tap ")}
-    if tensor.startswith("tap "):
-        target: Any = tensor.removeprefix("tap ")
-    else:
-        result = jax.tree.unflatten(tree, list(range(tree.num_leaves)))
+    result = jax.tree.unflatten(tree, list(range(tree.num_leaves)))
+    known = dict(zip((n or "output" for n in leaf_names(result["outputs"])), jax.tree.leaves(result["outputs"])))
+    known["loss"] = result.get("loss")
+    found = []
+    for tensor in tensors:
         if backwards:
             link = next(link for link in pair.links if link.torch == tensor.removeprefix("gradient "))
             at = leaf_names(result["gradients"]).index(link.jax)
-            flat = Flat.of(closed, jax.tree.leaves(args), names, cuts, jax.tree.leaves(result["gradients"])[at])
-            return flat.turned(link.to_torch)
-        known = dict(zip((n or "output" for n in leaf_names(result["outputs"])), jax.tree.leaves(result["outputs"])))
-        if "loss" in result:
-            known["loss"] = result["loss"]
-        target = known[tensor]
-    return Flat.of(closed, jax.tree.leaves(args), names, cuts, target)
+            target = jax.tree.leaves(result["gradients"])[at]
+            found.append(Flat.of(closed, leaves, names, cuts, target, run).turned(link.to_torch))
+        else:
+            target = tensor.removeprefix("tap ") if tensor.startswith("tap ") else known[tensor]
+            found.append(Flat.of(closed, leaves, names, cuts, target, run))
+    return found
 
 
 def forward(pair: Pair) -> Any:

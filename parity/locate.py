@@ -9,13 +9,15 @@ part does to it and nothing that was inherited.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from parity import causes_optimizer
+from parity.causes import SECONDS, optimizer
 from parity.diagnosis import Diagnosis, Question, diagnose
 from parity.errors import CannotLook
 from parity.judge import WATCHERS, Findings, Judge
@@ -101,13 +103,15 @@ def locate(
     torch_shapes: Mapping[str, Sequence[int]] | None = None,
     precision: str = "float64",
     single: bool = False,
+    seconds: float = SECONDS,
     draws: int = 16,
     seed: int = 0,
 ) -> Location:
     """Where do a JAX function and a torch module part? The arguments are those of `parity.compare`.
 
     Name intermediates in JAX with jax.ad_checkpoint.checkpoint_name(x, "path.of.the.torch.submodule"): those are the
-    taps that can be named. `single`: single-step mode as well.
+    taps that can be named. `single`: single-step mode as well. `seconds`: so long the cause is looked for (0: not at
+    all).
 
     Returns a Location: `.place`, `.side`, `.diagnosis`, `.steps`, `.sentence`.
     Raises parity.errors.Misuse for weights that do not bind, CannotLook for a side that raises.
@@ -115,10 +119,9 @@ def locate(
     from parity.pair import pair_of
 
     pair = pair_of(jax, torch, params, loss=loss, rename=rename, axes=axes, torch_shapes=torch_shapes, name="locate")
-    if weights is None:
-        weights = {k: v.detach().cpu().double().numpy() for k, v in torch.named_parameters()}
+    arrays = tuple(np.asarray(x) for x in inputs)
     judge = Judge(pair, draws=draws, seed=seed)
-    return locate_pair(judge, weights, tuple(np.asarray(x) for x in inputs), precision, single=single)
+    return locate_pair(judge, pair.weights(weights), arrays, precision, single=single, seconds=seconds)
 
 
 def locate_pair(
@@ -128,11 +131,15 @@ def locate_pair(
     precision: str,
     *,
     single: bool = False,
-    explain: bool = True,
     model: bool = True,
+    seconds: float = math.inf,
     findings: Findings | None = None,
 ) -> Location:
-    """The place at which a judge's pair parts. `findings`: those of a run that was made already."""
+    """The place at which a judge's pair parts.
+
+    `model`: the library of our own models' bugs is asked as well. `seconds`: so long the cause is looked for (0: not at
+    all). `findings`: those of a run that was made already.
+    """
     findings = judge(weights, inputs, precision) if findings is None else findings
     order = {link.torch: i for i, link in enumerate(judge.pair.links)}
     if hasattr(judge.pair.torch, "named_parameters"):
@@ -147,13 +154,17 @@ def locate_pair(
     if found.parts:
         judgement = _judgements(findings)[found.place]
         found.side, found.evidence = _side(judgement), judgement.evidence
-        alike = findings.precision == "float64" and judgement.same.within and not causes_optimizer.fits(found.place)
+        alike = findings.precision == "float64" and judgement.same.within and not optimizer.fits(found.place)
         if alike:
             found.notes.append(
                 "both sides do the same: no difference between them explains why they left the reference"
             )
-        elif explain:
-            found.diagnosis = _why(judge.pair, weights, inputs, findings, found, model)
+        elif judgement.verdict is Verdict.UNSTABLE:
+            found.notes.append(f"{_plain(found.place)} loses bits: what rounding makes of it is no evidence of a cause")
+        elif not seconds > 0:
+            found.notes.append("no cause was looked for: --explain gives it no time (any more)")
+        else:
+            found.diagnosis = _why(judge.pair, weights, inputs, findings, found, model, seconds)
     return found
 
 
@@ -191,7 +202,12 @@ def watched(every: bool = False) -> Iterator[list[Compared]]:
 
 
 def found_in(
-    compared: Sequence[Compared], rows: Sequence[Row], *, single: bool = False, model: bool = True
+    compared: Sequence[Compared],
+    rows: Sequence[Row],
+    *,
+    single: bool = False,
+    model: bool = True,
+    seconds: float = math.inf,
 ) -> Location | None:
     """Where a failed check parts, and why: from the first comparison that does, else from the rows alone."""
     bad = [row for row in rows if row.decides and row.verdict.gravity >= Verdict.PINNED.gravity]
@@ -200,7 +216,9 @@ def found_in(
     for judge, weights, inputs, one in compared:
         row = next((row for row in bad if _is_of(row, one)), None)
         if row is not None:
-            found = locate_pair(judge, weights, inputs, one.precision, single=single, findings=one, model=model)
+            found = locate_pair(
+                judge, weights, inputs, one.precision, single=single, model=model, seconds=seconds, findings=one
+            )
             found.label = _label(row)
             return found
     first = bad[0]
@@ -266,20 +284,29 @@ def _plain(name: str) -> str:
 
 
 def _why(
-    pair: Pair, weights: Mapping[str, Any], inputs: Sequence[Any], findings: Findings, found: Location, model: bool
+    pair: Pair,
+    weights: Mapping[str, Any],
+    inputs: Sequence[Any],
+    findings: Findings,
+    found: Location,
+    model: bool,
+    seconds: float,
 ) -> Diagnosis | None:
     wide = findings.precision == "float64"
     # In float64 the two programs are compared; in less, the side that left the reference with the reference.
     # An optimizer has an oracle that is neither program: there, too, the side that left it.
-    wide = wide and not causes_optimizer.fits(found.place)
+    wide = wide and not optimizer.fits(found.place)
     jax_left = found.side == "jax" and not wide
     ours = {k: v[0] if wide else v[2] for k, v in findings.values.items()}
     theirs = {k: v[0] if jax_left else v[1] for k, v in findings.values.items()}
     noise = {k: v[3] for k, v in findings.values.items()}
-    bad = frozenset(name for name, j in _judgements(findings).items() if _parted(j))
+    # A tensor that loses bits is apart by rounding alone, one that is undetermined by a choice: neither is evidence.
+    told = (Verdict.PINNED, Verdict.DIFFER)
+    bad = frozenset(name for name, j in _judgements(findings).items() if j.verdict in told)
+    until = time.monotonic() + seconds
     try:
         return diagnose(
-            Question(pair, weights, inputs, findings.precision, found.place, ours, theirs, noise, bad), model
+            Question(pair, weights, inputs, findings.precision, found.place, ours, theirs, noise, bad, until), model
         )
     except CannotLook as error:
         found.notes.append(f"no diagnosis: {error}")

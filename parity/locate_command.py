@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parity.causes import SECONDS
+
 if TYPE_CHECKING:
     from parity.checks import Scope
     from parity.locate import Location
@@ -43,6 +45,12 @@ def locate(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="AREA", help="Of --score: bugs of this area; may be repeated.")
     ] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Of --score: bugs made by rule, on which the rules were not tried.")
+    ] = False,
+    explain: Annotated[
+        float, typer.Option("--explain", min=0, metavar="SECONDS", help="Look so long for the cause, for each place.")
+    ] = SECONDS,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights, inputs and draws.")] = 0,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write everything to this file as well.")
@@ -74,8 +82,10 @@ def locate(
         raise Misuse(
             "--score: it goes over the catalogue, with the catalogue's own inputs; leave the other options out"
         )
-    if only and not score:
-        raise Misuse("--only: it picks the bugs of --score; add --score, or leave it out")
+    for option in [name for name, given in (("--only", only), ("--held-out", held_out)) if given and not score]:
+        raise Misuse(f"{option}: it picks the bugs of --score; add --score, or leave it out")
+    if only and held_out:
+        raise Misuse("--only: it picks areas of the catalogue, which --held-out does not take; leave one of them out")
     if mutant and (config or checkpoint or text):
         raise Misuse(f"--mutant {mutant}: it brings its own configuration; leave --config, --checkpoint and --text out")
     runner.validate(scope)
@@ -88,16 +98,24 @@ def locate(
     if score:
         from parity import attribution
         from parity.mutants import catalogue
+        from parity.mutants.held_out import held_out as made_by_rule
 
         areas = [name.strip() for item in only or () for name in item.split(",") if name.strip()]
         with _plain_progress() as progress:
-            report = attribution.score(catalogue(areas), progress)
+            if held_out:
+                mutants, right = made_by_rule(attribution.RIGHT)
+                report = attribution.score(mutants, progress, library=False, right=right)
+            else:
+                report = attribution.score(catalogue(areas), progress)
         attribution.render(report, console)
         record: Any = report.to_dict()
         code = report.exit_code
     else:
         with _plain_progress() as progress, settings("cpu", "default"):
-            found = of_models(scope, single_step, progress) if wanted is None else [of_mutant(wanted, single_step)]
+            if wanted is None:
+                found = of_models(scope, single_step, explain, progress)
+            else:
+                found = [of_mutant(wanted, single_step, seconds=explain)]
         render(found, console, single_step)
         record = [location.to_dict() for location in found]
         code = max((location.exit_code for location in found), default=3)
@@ -123,7 +141,9 @@ def _mutant(name: str) -> Mutant:
     return every[name]
 
 
-def of_models(scope: Scope, single: bool = False, progress: Progress | None = None) -> list[Location]:
+def of_models(
+    scope: Scope, single: bool = False, seconds: float = SECONDS, progress: Progress | None = None
+) -> list[Location]:
     """A Location for each configuration, up to the first that parts."""
     from pathlib import Path
 
@@ -139,10 +159,10 @@ def of_models(scope: Scope, single: bool = False, progress: Progress | None = No
             progress(done, len(named), config)
         made = _twins._prepare(scope, config)
         weights, batch = _twins._inputs(scope, config, "trained" if config == "shipped" else regime)
-        location = locate_pair(made.judge, weights, batch, scope.precisions[0], single=single)
+        location = locate_pair(made.judge, weights, batch, scope.precisions[0], single=single, seconds=seconds)
         if not location.parts and scope.precisions[0] == "float64":  # the calls of other shapes
             loud = loud_weights(made.twins.config, weights)
-            calls = locate_pair(made.calls, loud, calls_batch(batch[0], batch[2]), "float64")
+            calls = locate_pair(made.calls, loud, calls_batch(batch[0], batch[2]), "float64", seconds=seconds)
             location = calls if calls.parts else location
         location.label = f"{config}, {'trained' if config == 'shipped' else regime}"
         found.append(location)
@@ -151,30 +171,31 @@ def of_models(scope: Scope, single: bool = False, progress: Progress | None = No
     return found
 
 
-def of_mutant(mutant: Mutant, single: bool = False, model: bool = True) -> Location:
+def of_mutant(mutant: Mutant, single: bool = False, model: bool = True, seconds: float = SECONDS) -> Location:
     """Where its check parts under a bug of the catalogue. What is clean is recorded first, so that σ is clean too."""
     from parity import checks
     from parity.errors import CannotLook
     from parity.locate import Location, found_in, watched
     from parity.mutants import inject
-    from parity.mutants.gate import Gate, _changed, _silent, _strict
+    from parity.mutants.gate import Gate, changed, quiet
     from parity.mutants.replay import Recording
+    from parity.sides import one_thread
 
     gate, recording = Gate("fast"), Recording()
     scope = gate.scope(mutant)
     check = checks.load(mutant.check)
-    with _strict():
+    with one_thread():
         inject.forget()
         with recording.running(), watched(every=True) as compared:
-            clean = check.run(scope, _silent)
+            clean = check.run(scope, quiet)
             for judge, weights, inputs, findings in list(compared) if single else ():
                 _single(judge, weights, inputs, findings)
         with inject.injected(mutant.edits), recording.running(mutant.side):
             with watched() as compared:
-                result = check.run(scope, _silent)
+                result = check.run(scope, quiet)
             if result.error:
                 raise CannotLook(f"{mutant.check}, with {mutant.id}: {result.error}")
-            location = found_in(compared, _changed(clean, result), single=single, model=model)
+            location = found_in(compared, changed(clean, result), single=single, model=model, seconds=seconds)
     label = f"{mutant.id} ({mutant.side}: {mutant.what})"
     if location is None:
         return Location(scope.precisions[0], [], label=label)

@@ -59,6 +59,14 @@ class Pair:
     def jax_params(self, weights: Mapping[str, np.ndarray]) -> Any:
         return to_jax(self.links, weights, self.template)
 
+    def weights(self, given: Mapping[str, np.ndarray] | None = None) -> Mapping[str, np.ndarray]:
+        """Those given, by torch's names, or else the torch module's own."""
+        if given is not None:
+            return given
+        if not hasattr(self.torch, "named_parameters"):
+            raise Misuse("weights: a torch function has none of its own; pass weights={name: array}")
+        return {name: value.detach().cpu().double().numpy() for name, value in self.torch.named_parameters()}
+
     def named(self, result: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """A result of `jax_program` (arrays of any kind) as flat names in torch's names and layout."""
         import jax

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from parity import cache, checks
+from parity.causes import SECONDS
 from parity.checks import Scope
 from parity.errors import CannotLook, Misuse
 from parity.precision import DEVICES, MATMULS, PRECISIONS, device_names, manifest, one_of, settings
@@ -33,8 +34,11 @@ def run(
     progress: RunProgress | None = None,
     *,
     matmul: str = "default",
+    explain: float = SECONDS,
 ) -> RunResult:
     """Run the checks named in `only` (all, if none are named) over `scope`.
+
+    `explain`: so many seconds, over all checks that fail, are spent on looking for causes (0: none are looked for).
 
     Raises `Misuse` for a wrong question (unknown names, files of the user that cannot be read) and `CannotLook` for a
     missing device or framework. Whatever else a check raises becomes its `error`, unless PARITY_DEBUG=1. Ctrl-C ends
@@ -47,7 +51,7 @@ def run(
     prepare()
     with settings(scope.device, matmul):
         _validate_files(scope)
-        results, notes = _run_checks(names, scope, progress or (lambda *_: None))
+        results, notes = _run_checks(names, scope, progress or (lambda *_: None), explain)
         seen = manifest()
         devices = device_names(scope.device)
     return RunResult(
@@ -66,7 +70,9 @@ def _has_precision(name: str, scope: Scope) -> bool:
     return any(precision in known for precision in scope.precisions)
 
 
-def _run_checks(names: list[str], scope: Scope, progress: RunProgress) -> tuple[list[CheckResult], list[str]]:
+def _run_checks(
+    names: list[str], scope: Scope, progress: RunProgress, explain: float
+) -> tuple[list[CheckResult], list[str]]:
     from parity.locate import watched
 
     results: list[CheckResult] = []
@@ -83,7 +89,9 @@ def _run_checks(names: list[str], scope: Scope, progress: RunProgress) -> tuple[
                 models = compared = compared or models
             if results[-1].exit_code == 1:
                 progress(name, 0, 0, "looking for the cause")
-                results[-1].located = _located(results[-1], compared)
+                looked = time.perf_counter()
+                results[-1].located = _located(results[-1], compared, max(explain, 0.0))
+                explain -= time.perf_counter() - looked
         except KeyboardInterrupt:
             finished = ", ".join(names[:position]) or "no check"
             results.append(CheckResult(name, error="interrupted by Ctrl-C before it ended"))
@@ -116,13 +124,13 @@ def _run_check(name: str, scope: Scope, progress: RunProgress) -> CheckResult:
         return CheckResult(name, error=f"{type(error).__name__}: {_short(str(error))} ({DEBUG_HINT})")
 
 
-def _located(result: CheckResult, compared: list[Any]) -> str:
+def _located(result: CheckResult, compared: list[Any], seconds: float) -> str:
     """Where the sides part, which one left, and the diagnosis; an explanation that fails is no failure of the run."""
     from parity.locate import found_in
 
     try:
         # The library of bugs is left to `parity locate`: it exchanges code, and what the checks share would be lost.
-        found = found_in(compared, result.rows, model=False)
+        found = found_in(compared, result.rows, model=False, seconds=seconds)
         return "" if found is None else found.sentence
     except Exception as error:
         if debugging():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from parity.pair import Pair
 from parity.precision import precision as format_of
 from parity.primitives import bind_equation
 
-__all__ = ["JaxSide", "TorchSide", "as_inputs", "compiled", "compiler_options", "with_taps"]
+__all__ = ["JaxSide", "TorchSide", "as_inputs", "compiled", "compiler_options", "one_thread", "with_taps"]
 
 LOOPS = ("scan", "while", "cond")
 
@@ -43,10 +43,13 @@ def as_inputs(inputs: Sequence[Any], precision: str) -> tuple[np.ndarray, ...]:
     return tuple(arrays)
 
 
-def with_taps(closed: Any) -> Callable[..., tuple[list[Any], dict[str, Any]]]:
-    """A closed jaxpr as a function of its leaves: (output leaves, named intermediates), for whoever compiles it.
+def with_taps(
+    closed: Any, behind: Callable[[str, Any], Any] = lambda _, value: value
+) -> Callable[..., tuple[list[Any], dict[str, Any]]]:
+    """A closed jaxpr as a function of its leaves: (output leaves, what arrived at each tap), for whoever traces it.
 
-    Calls that name something are entered; loops and branches are bound whole (what they name stays inside).
+    It goes on from `behind(name, value)` at each tap. Calls that name something are entered; loops and branches are
+    bound whole (what they name stays inside).
     """
 
     @cache
@@ -67,10 +70,11 @@ def with_taps(closed: Any) -> Callable[..., tuple[list[Any], dict[str, Any]]]:
                 inner = None if eqn.primitive.name in LOOPS else inside(eqn)
                 if inner is not None and names(inner[0]):
                     outputs = evaluate(*inner, inputs)
+                elif eqn.primitive.name == "name" and (name := eqn.params["name"]) not in taps:
+                    taps[name] = inputs[0]
+                    outputs = [behind(name, inputs[0])]
                 else:
                     outputs = bind_equation(eqn, eqn.params, inputs)
-                    if eqn.primitive.name == "name":
-                        taps.setdefault(eqn.params["name"], outputs[0])
                 env.update(zip(eqn.outvars, outputs))
             return [read(v) for v in jaxpr.outvars]
 
@@ -127,6 +131,19 @@ def compiler_options(hasty: bool, precision: str, device: Any) -> dict[str, Any]
         "xla_cpu_use_fusion_emitters": False,
         "xla_allow_excess_precision": precision != "bfloat16",
     }
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch with one thread: small models gain nothing from a second, and beside other processes it waits for them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compiled(lowered: Any, options: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What noise units do not see in a model: refused token ids, and how often a layer rounds in bfloat16.
+"""What noise units do not see in a model: refused token ids, narrow targets, and how often a layer rounds in bfloat16.
 
 Shapes: N rows, D model, T positions, C = d/2 channel pairs, V vocabulary.
 """
@@ -23,7 +23,7 @@ OUTSIDE = (-1, V, V + 7, -V, 2**31 - 1)
 
 def edges(scope: Scope) -> tuple[list[Row], list[Control]]:
     """Of the layers by themselves, whatever the configurations are."""
-    rows, controls = _out_of_range(), []
+    rows, controls = [*_out_of_range(), _int32_targets(), _no_such_target()], []
     if "bfloat16" in scope.precisions:
         found, controls = _rounds_once(scope)
         rows += found
@@ -58,6 +58,36 @@ def _out_of_range() -> list[Row]:
         verdict = Verdict.DIFFER if wrong else Verdict.AGREE
         rows.append(Row("logits", "", "layers alone", "", f"ids out of range ({side})", verdict, words))
     return rows
+
+
+def _int32_targets() -> Row:
+    """torch refuses targets of int32, which JAX has by default; our loss takes both, to the same bits."""
+    import torch
+
+    from omni_torch.losses import cross_entropy
+
+    logits, targets = torch.linspace(-1.0, 1.0, 3 * V).reshape(3, V), torch.tensor([1, 0, V - 1])
+    try:
+        same = torch.equal(cross_entropy(logits, targets.int()), cross_entropy(logits, targets))
+        words = "" if same else "another loss than with int64"
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}"
+    verdict = Verdict.DIFFER if words else Verdict.AGREE
+    return Row("logits", "", "layers alone", "", "targets of int32 (torch)", verdict, words or "the loss of int64")
+
+
+def _no_such_target() -> Row:
+    """Inside jit a target that is none makes the loss NaN, and its row of logits gets no gradient."""
+    import jax
+
+    from omni_jax.losses import cross_entropy
+
+    logits = np.linspace(-1.0, 1.0, 3 * V, dtype=np.float32).reshape(3, V)
+    loss, gradient = jax.jit(jax.value_and_grad(cross_entropy))(logits, np.array([1, V, -1], np.int32))
+    fine = bool(np.isnan(loss)) and not np.any(gradient[1:]) and np.all(gradient[0])
+    words = "NaN, and no gradient" if fine else f"loss {loss}, gradient {np.asarray(gradient[1:]).tolist()}"
+    verdict = Verdict.AGREE if fine else Verdict.DIFFER
+    return Row("logits", "", "layers alone", "", "targets out of range (jax)", verdict, words)
 
 
 def _refused(module: Any, ids: Any) -> bool:

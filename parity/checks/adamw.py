@@ -16,13 +16,15 @@ __all__ = ["BLIND", "CLAIM", "CONTROLS", "HYPER", "LR", "STEPS", "problem", "run
 
 CLAIM = (
     "adamw_step (JAX) and adamw_step_many_ (torch) move every parameter by the same displacement and leave the same "
-    "moments as a third AdamW written from the paper's formula in extended precision, over 1, 10 and 100 steps."
+    "moments as a third AdamW written from the paper's formula in extended precision, over 1, 10 and 100 steps. "
+    "Moments that have arrived at a constant gradient stay there, and with betas that are exact in binary, below a "
+    "half, moments are exact."
 )
 BLIND = (
     "Displacements lost in a parameter's own rounding (the noise of a parameter is a bound for what can be seen of its "
-    "update); gradients other than those drawn; other betas, eps, rates and decays than the one set; more than 100 "
-    "steps (`parity optimizers` makes 1,000); adamw_step_, the optimizers AdamW and adamw and their decay masks (the "
-    "twins' tests hold them equal to the step); parameters narrower than float32."
+    "update); gradients other than those drawn; other eps, rates and decays than the one set, and of other betas all "
+    "but those exact moments; more than 100 steps (`parity optimizers` makes 1,000); adamw_step_, the optimizers AdamW "
+    "and adamw and their decay masks (the twins' tests hold them equal to the step); parameters narrower than float32."
 )
 CONTROLS = {
     "no update": "zeros in place of the displacement",
@@ -31,6 +33,7 @@ CONTROLS = {
     "weight decay 1e-4": "optax's default decay where 0.1 is meant (deepdetect#1462)",
     "beta2 0.99": "another second beta, which changes nothing at step 1",
     "t - 1": "bias correction with the steps made before (jax#4834), from step 2 on",
+    "drift": "beta * mean + (1 - beta) * x in float32, whose two factors do not add up to 1",
 }
 STEPS = (1, 10, 100)
 LR = 3e-3
@@ -93,6 +96,10 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
             result.controls += _controls(findings, start, grads, precision)
         progress(2 * done + 1, 2 * len(precisions), f"{precision}, third parties")
         result.rows += _third_parties(findings, start, grads, precision)
+    if precisions:
+        rows, drift = _exact(precisions[-1])
+        result.rows += rows
+        result.controls += [drift] if scope.controls else []
     progress(1, 1, "")
     if not precisions:
         result.error = f"adamw looks at {' and '.join(PRECISIONS)} only; ask for one of them with --precision"
@@ -149,6 +156,71 @@ def _named(steps: Sequence[Any], start: Mapping[str, np.ndarray]) -> dict[str, n
         return step.p[name], step.m[name], step.v[name]
 
     return {k: np.asarray(v, np.float64) for k, v in _outputs(list(start), at).items()}
+
+
+# ------------------------------------------------------------------------------------------------ exact moments
+
+LASTING, BRIEF = (0.9, 0.999), (0.25, 0.0)
+"""Betas of moments that have arrived, and betas that are exact in binary, as their averages are."""
+
+
+def _exact(precision: str) -> tuple[list[Row], Control]:
+    """Moments that no rounding may touch: the gradients have twelve bits, so their squares and quarters are exact."""
+    from parity.verdict import Verdict
+
+    g = np.random.default_rng(12).integers(1, 2**12, (2, 40)).astype(precision)
+    truths = {
+        "moments that have arrived": (g[0], g[0] ** 2),
+        "moments with small betas": (0.25 * (0.75 * g[0]) + 0.75 * g[1], g[1] ** 2),
+    }
+    rows = []
+    for side, found in (("jax", _exact_jax(g)), ("torch", _exact_torch(g))):
+        for name, truth in truths.items():
+            wrong = [
+                f"{int(np.count_nonzero(np.asarray(x) != y))} of {y.size} {moment} are not"
+                for moment, x, y in zip("mv", found[name], truth)
+                if not np.array_equal(x, y)
+            ]
+            words, verdict = "; ".join(wrong) or "every value equal", Verdict.DIFFER if wrong else Verdict.AGREE
+            rows.append(Row("adamw", "", "exact moments", precision, f"{name} ({side})", verdict, words, shape=(40,)))
+    beta, v = np.float32(LASTING[1]), (g[0] ** 2).astype(np.float32)
+    left = int(np.count_nonzero(beta * v + np.float32(1.0 - LASTING[1]) * v != v))
+    return rows, Control("drift", left > 0, f"{left} of {v.size} moments leave where they had arrived, in one step")
+
+
+def _exact_jax(g: np.ndarray) -> dict[str, Any]:
+    import jax
+
+    from omni_jax.optim import AdamWState, adamw_step, init_adamw_state
+    from parity.sides import compiled, compiler_options
+
+    def moments(g: Any) -> dict[str, Any]:
+        p, t = jax.numpy.zeros_like(g[0]), jax.numpy.asarray(1000, jax.numpy.int32)
+        _, rest = adamw_step(p, g[0], AdamWState(g[0], g[0] * g[0], t), LR, **{**HYPER, "betas": LASTING})
+        brief = init_adamw_state(p)
+        for grad in (g[0], g[1]):
+            p, brief = adamw_step(p, grad, brief, LR, **{**HYPER, "betas": BRIEF})
+        return {"moments that have arrived": rest[:2], "moments with small betas": brief[:2]}
+
+    with jax.enable_x64(g.dtype == np.float64):
+        options = compiler_options(True, str(g.dtype), jax.devices()[0])
+        return jax.tree.map(np.asarray, compiled(jax.jit(moments).lower(g), options)(g))
+
+
+def _exact_torch(g: np.ndarray) -> dict[str, Any]:
+    import torch
+
+    from omni_torch.optim import AdamWState, adamw_step_, init_adamw_state
+
+    first, second = torch.from_numpy(g)
+    p = torch.zeros_like(first)
+    rest = adamw_step_(p, first, AdamWState(first.clone(), first * first, 1000), LR, **{**HYPER, "betas": LASTING})
+    p = torch.zeros_like(first)
+    brief = init_adamw_state(p)
+    for grad in (first, second):
+        brief = adamw_step_(p, grad, brief, LR, **{**HYPER, "betas": BRIEF})
+    found = {"moments that have arrived": rest, "moments with small betas": brief}
+    return {name: (state.m.numpy(), state.v.numpy()) for name, state in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------ third parties

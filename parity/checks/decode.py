@@ -27,12 +27,12 @@ __all__ = ["BLIND", "CASES", "CLAIM", "CONFIGS", "CONTROLS", "PRECISIONS", "Case
 CLAIM = (
     "In each twin every logit that comes out of a KV cache is that of the full forward, and the twins' are each "
     "other's: grouped heads, all heads and experts, one row and several of unequal length (padded on the left), "
-    "prompts in chunks of 7, 3 and 1 and then token by token, up to the last position. Beyond it a full cache refuses, "
-    "and keeps what it has; a window gives what the full forward gives under a banded mask."
+    "prompts in chunks of 7, 3, 2 and 1 and then token by token, up to the last position. Beyond it a full cache "
+    "refuses, and keeps what it has; a window gives what the full forward gives under a banded mask."
 )
 BLIND = (
-    "Long contexts (the caches here have {slots} slots); in the default run JAX's chunks of 3, its window and its "
-    "experts are evaluated from its program in float64, not compiled, and float32 and bfloat16 are looked at with "
+    "Long contexts (the caches here have {slots} slots); in the default run JAX's chunks of 2 and 3, its window and "
+    "its experts are evaluated from its program in float64, not compiled, and float32 and bfloat16 are looked at with "
     "grouped heads, token by token (--full compiles and runs every case in every precision); gradients, which do not "
     "flow through a cache in torch."
 )
@@ -91,6 +91,7 @@ UNEQUAL, ALONE = (0, 5, 2), (0,)
 CASES = (
     Case("small gqa-swiglu", UNEQUAL, 7, 7, compiled=True),
     Case("small gqa-swiglu", UNEQUAL, 1, 0, ("float32", "bfloat16"), compiled=True),
+    Case("small gqa-swiglu", UNEQUAL, 2, 12),
     Case("small moe-gelu", UNEQUAL, 1, 0),
     Case("small mha", ALONE, 3, 6, window=True),
 )

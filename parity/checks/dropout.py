@@ -21,7 +21,6 @@ import numpy as np
 
 from parity import statistics as st
 from parity.checks import Progress, Scope
-from parity.errors import CannotLook
 from parity.result import CheckResult, Control, Row
 from parity.verdict import Noise, Verdict
 from parity.verdict import measure as measure_distance
@@ -49,7 +48,8 @@ CLAIM = (
     "With the same masks both twins compute the same logits, loss and gradients through every place that drops "
     "(attention probabilities, both residual branches), and with everything kept the same as in evaluation. Each "
     "twin's own masks have the rate that was asked for, scale what they keep by exactly 1 / (1 - rate), and are "
-    "independent between positions, channels, heads, rows, places, layers and steps; evaluation drops nothing."
+    "independent between positions, channels, heads, rows, places, layers and steps; evaluation drops nothing, and at "
+    "rate 0 a model draws nothing and holds nothing to draw from."
 )
 BLIND = (
     "Deviations of a rate below those printed (`smallest seen`); dependence between unequal places of two rows, "
@@ -103,13 +103,23 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
         # Experts and dropout do not meet: meaning, in float64, says it all; float32 for those who have the time.
         few = precisions if name == next(iter(_SMALL)) or scope.full else precisions[:1]
         _given_masks(scope, name, few, result)
+    if precisions:
+        result.rows += _no_state()
     progress(len(_SMALL), len(_SMALL) + 1, "own masks")
     if "float32" in precisions:
-        drawn = {"jax": _draw_jax(scope), "torch": _draw_torch(scope)}
+        drawn = {}
+        for side, draw in (("jax", _draw_jax), ("torch", _draw_torch)):
+            verdict, words = Verdict.AGREE, "every place"
+            try:
+                drawn[side] = draw(scope)
+            except _NoPlace as error:
+                verdict, words = Verdict.DIFFER, str(error)
+            name = f"places that drop ({side})"
+            result.rows.append(Row("dropout", "", "own masks", "float32", name, verdict, words, device=scope.device))
         measured = measure(drawn)
         result.rows += [found.row(scope.device) for found in measured]
         tests = sum(len(found.outcomes) for found in measured)
-        if scope.controls:
+        if scope.controls and len(drawn) == 2:
             result.controls += _own_controls(drawn, st.share(tests))
         result.notes.append(
             f"{tests} tests of own masks at an overall error level of {st.ALPHA:g} (each {st.share(tests):.1g}, "
@@ -272,6 +282,32 @@ def _given_masks(scope: Scope, name: str, precisions: Sequence[str], result: Che
         result.rows += _as_in_evaluation(made, whole, inputs)
         if precision == "float64":
             result.rows.append(_additive(made, dropped[precision], whole, inputs, keeps))
+
+
+def _no_state() -> list[Row]:
+    """At rate 0 a model in training has no stream of random numbers: JAX holds parameters alone, torch draws none."""
+    import torch
+    from flax import nnx
+
+    from omni_jax.thinker import ThinkerLM as JaxLM
+    from omni_torch.thinker import ThinkerLM
+
+    config = {**next(iter(_SMALL.values())), "dropout": 0.0}
+    _, _, rest = nnx.split(nnx.eval_shape(lambda: JaxLM(**config, rngs=nnx.Rngs(0))), nnx.Param, ...)
+    held = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest)]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        module = ThinkerLM(**config).train()
+        before = torch.get_rng_state()
+        module(torch.ones(1, 3, dtype=torch.long))
+        drew = not torch.equal(before, torch.get_rng_state())
+    found = {"jax": f"holds {', '.join(held)}" if held else "", "torch": "draws" if drew else ""}
+    return [
+        Row(
+            "dropout", "small mha-swiglu", "rate 0", "", f"no random state ({side})",
+            Verdict.DIFFER if wrong else Verdict.AGREE, wrong or "parameters alone",
+        )
+        for side, wrong in found.items()
+    ]  # fmt: skip
 
 
 def _as_in_evaluation(made: Small, whole: Any, inputs: Any) -> list[Row]:
@@ -716,9 +752,13 @@ def _watch(drop: Callable[[Any], Any], seen: list[tuple[Any, Any]], nothing: flo
     return call
 
 
+class _NoPlace(Exception):
+    """A place that must drop does not, or one drops that must not."""
+
+
 def _by_place(names: list[str], rows: list[Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     if any(len(row) != len(names) for row in rows):
-        raise CannotLook(f"{len(rows[0])} places dropped something, expected {len(names)}: {', '.join(names)}")
+        raise _NoPlace(f"{len(rows[0])} places dropped something, expected {len(names)}: {', '.join(names)}")
     given, gave = ({name: np.stack([row[i][k] for row in rows]) for i, name in enumerate(names)} for k in (0, 1))
     return given, gave
 

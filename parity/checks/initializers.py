@@ -28,14 +28,15 @@ CLAIM = (
     "Xavier, Kaiming, zero and default initial weights of both twins are drawn from the law that each scheme states, "
     "from the same law as each other; every parameter of two fresh models, which between them have every kind of "
     "parameter that ThinkerLM knows (MHA with a GELU MLP; GQA with a mixture of SwiGLU experts), drawn by "
-    "ThinkerLM.from_config on both sides, has the default's law, independently from tensor to tensor of its model."
+    "ThinkerLM.from_config on both sides, and of a fresh ViTTiny, has the default's law, independently from tensor to "
+    "tensor of its model. Weights asked for in float64 have digits that float32 does not."
 )
 BLIND = (
     "Deviations below those printed (`smallest seen`); swapped fans under Xavier, which is symmetric in them; "
     "dependence that leaves neighbours and pairs of tensors uncorrelated; pairs of bias vectors, which are pooled; "
     "dependence between models, or between one seed and the next; omni_jax's ThinkerLM(...), which draws other numbers "
-    "than from_config and costs a compilation (a test holds it to the same laws); dtypes other than float32; fans and "
-    "configurations other than those drawn."
+    "than from_config and costs a compilation (a test holds it to the same laws); the law of dtypes other "
+    "than float32; fans and configurations other than those drawn."
 )
 CONTROLS = {
     "zeros": "nothing was drawn: all weights zero",
@@ -50,6 +51,7 @@ CONTROLS = {
     "zero router": "a router left at zero, as small as the model's own",
     "one key for two": "two layers of a model drawn with the same key",
     "parts of two laws": "one twin follows Xavier, the other Kaiming",
+    "float32 widened": "float64 weights are drawn in float32",
 }
 N_DRAWS = 100_000
 """Draws per tensor of a scheme in an ordinary run."""
@@ -80,7 +82,10 @@ _MODELS: dict[str, dict[str, Any]] = {
         "num_experts": 4,
     },
 }
-_POOLED = ("norms", "biases / bound")
+_VISION: dict[str, Any] = {"img_size": 16, "patch": 8, "d": 48, "layers": 2, "heads": 3, "ff": 480}
+"""A ViTTiny: convolution, CLS token, positions and an attention whose weights are Xavier's."""
+_LABELS = (*_MODELS, "vision")
+_POOLED = ("norms", "biases / bound", "zeros")
 _ONE_SAMPLE = (st.mean_test, st.std_test, st.extremes_test, st.ks_test, st.chi_square_test, st.lag_test)
 
 Samples = dict[str, np.ndarray]
@@ -169,10 +174,13 @@ def controls(n_draws: int = N_DRAWS, seed: int = 0) -> list[Control]:
     for one, other in (("jax", "torch"), ("torch", "jax")):
         x, y = drawn[one]["xavier weight"], drawn[other]["kaiming_relu weight"]
         shown["parts of two laws"].append(st.ks_two_sample_test(rng.permutation(x.reshape(-1)), y, level))
-    return [
+    found = [
         Control(name, bool(seen) and all(o.rejected for o in seen), "; ".join(_words(o) for o in seen))
         for name, seen in shown.items()
+        if name != "float32 widened"
     ]
+    passed = [name for name, x in _float64_draws().items() if not _lacks_digits(x.astype(np.float32).astype(x.dtype))]
+    return [*found, Control("float32 widened", not passed, f"passed: {', '.join(passed)}" if passed else "rejected")]
 
 
 def run(scope: Scope, progress: Progress) -> CheckResult:
@@ -200,6 +208,11 @@ def run(scope: Scope, progress: Progress) -> CheckResult:
                 decides=m.decides,
             )
         )
+    for name, x in _float64_draws().items():
+        words = _lacks_digits(x)
+        verdict = Verdict.DIFFER if words else Verdict.AGREE
+        words = words or "float64, beyond the digits of float32"
+        result.rows.append(Row(NAME, "", "", "float64", name, verdict, words, shape=x.shape))
     if scope.controls:
         result.controls = controls(N_DRAWS, scope.seed)
     tests = sum(len(m.outcomes) for m in measured)
@@ -236,7 +249,7 @@ def _plans(jax_samples: Samples, torch_samples: Samples, n_draws: int) -> list[_
             x, y = jax_samples[name], torch_samples[name]
             test = lambda level, x=x, y=y: st.ks_two_sample_test(x, y, level)  # noqa: E731
             plans.append(_Plan(name, "both", "one law", x.shape, (test,)))
-    for label in _MODELS:
+    for label in _LABELS:
         for side, samples in sides.items():
             varied = _varied(samples, label)
             test = lambda level, varied=varied: _pairs_test(varied, level)  # noqa: E731
@@ -304,6 +317,9 @@ def _laws(n_draws: int) -> dict[str, st.Distribution]:
         laws[start + "norms"] = st.constant(1.0)
         if not model["use_swiglu"]:  # the quotient rounds
             laws[start + "biases / bound"] = st.uniform(1.0 + float(np.finfo(np.float32).eps))
+    laws |= {f"vision model {path}": uniform(1 / math.sqrt(fan)) for path, fan in _vision_fans().items()}
+    laws["vision model norms"], laws["vision model zeros"] = st.constant(1.0), zero
+    laws["vision model biases / bound"] = st.uniform(1.0 + float(np.finfo(np.float32).eps))
     # Third parties, as their documentation states them; they inform, and decide nothing.
     laws["torch.nn.Linear weight"] = uniform(1 / math.sqrt(fan_in))
     laws["torch.nn.Linear bias"] = uniform(1 / math.sqrt(_BIAS_FAN_IN))
@@ -331,6 +347,15 @@ def _model_fans(model: dict[str, Any]) -> dict[str, int]:
     return {**fans, "lm_head": d_model}
 
 
+def _vision_fans() -> dict[str, float]:
+    """fan_in of every layer of the ViTTiny, by its path."""
+    d, ff, patch = _VISION["d"], _VISION["ff"], _VISION["patch"]
+    # in_proj is Xavier's: √(6 / (d + 3d)) = 1 / √(2d/3).
+    layer = {"self_attn.in_proj": 2 * d / 3, "self_attn.out_proj": d, "linear1": d, "linear2": ff}
+    blocks = {f"blocks.{i}.{path}": fan for i in range(_VISION["layers"]) for path, fan in layer.items()}
+    return {"proj": 3 * patch * patch, **blocks}
+
+
 @lru_cache(maxsize=2)
 def _draw_torch(n_draws: int, seed: int) -> Samples:
     import torch
@@ -339,6 +364,7 @@ def _draw_torch(n_draws: int, seed: int) -> Samples:
     from omni_torch.config import ThinkerConfig
     from omni_torch.init import default_init_, embedding_default_, init_linear_
     from omni_torch.thinker import ThinkerLM
+    from omni_torch.vision_encoder import ViTTiny
 
     shapes = _shapes(n_draws)
     samples: dict[str, torch.Tensor] = {}
@@ -360,7 +386,10 @@ def _draw_torch(n_draws: int, seed: int) -> Samples:
         samples["default Linear weight"] = default_init_(layer).get_parameter("weight").clone()
         samples["default Linear bias"] = default_init_(flat).get_parameter("bias").clone()
         samples["default Embedding"] = embedding_default_(embed.weight).clone()
-        models = {label: ThinkerLM.from_config(ThinkerConfig(**model)) for label, model in _MODELS.items()}
+        models: dict[str, nn.Module] = {
+            label: ThinkerLM.from_config(ThinkerConfig(**model)) for label, model in _MODELS.items()
+        }
+        models["vision"] = ViTTiny(**_VISION)
     drawn = {name: x.numpy() for name, x in samples.items()}
     for label, model in models.items():
         drawn |= _model_samples(label, {name: x.detach().numpy() for name, x in model.named_parameters()})
@@ -373,7 +402,8 @@ def _draw_jax(n_draws: int, seed: int) -> Samples:
     from flax import nnx
 
     from omni_jax.config import ThinkerConfig
-    from omni_jax.thinker import ThinkerLM
+    from omni_jax.thinker import ThinkerLM, fresh_model
+    from omni_jax.vision_encoder import ViTTiny
     from parity.sides import compiled, compiler_options
 
     key = jax.random.key(seed)
@@ -385,7 +415,8 @@ def _draw_jax(n_draws: int, seed: int) -> Samples:
     for label, model in _MODELS.items():
         fresh = ThinkerLM.from_config(ThinkerConfig(**model), rngs=rngs)
         samples |= _model_samples(label, _jax_leaves(fresh))
-    return samples
+    fresh = fresh_model(lambda rngs: ViTTiny(**_VISION, rngs=rngs), rngs)
+    return samples | _model_samples("vision", _jax_leaves(fresh))
 
 
 def _jax_leaves(model: Any) -> Samples:
@@ -427,16 +458,57 @@ def _jax_sampler(n_draws: int) -> Callable[[Any], dict[str, Any]]:
 
 def _model_samples(label: str, parameters: Samples) -> Samples:
     """A model's tensors by the names of `_laws`; short ones are pooled, biases after division by their bound."""
-    samples, norms, biases, fans = {}, [], [], _model_fans(_MODELS[label])
+    samples, norms, biases, zeros = {}, [], [], []
+    fans = _vision_fans() if label == "vision" else _model_fans(_MODELS[label])
     for name, x in parameters.items():
-        path, leaf = name.rsplit(".", 1)
-        if "norm" in path.rsplit(".", 1)[-1]:
+        # torch's attention has in_proj_weight and in_proj_bias.
+        path, _, leaf = name.replace("in_proj_", "in_proj.").rpartition(".")
+        attention = path.split(".")[-2:-1] == ["self_attn"]
+        if leaf in ("cls", "pos") or (leaf == "bias" and ("norm" in path.rsplit(".", 1)[-1] or attention)):
+            zeros.append(x.reshape(-1))
+        elif "norm" in path.rsplit(".", 1)[-1]:
             norms.append(x)
         elif leaf == "bias":
             biases.append(x * np.float32(math.sqrt(fans[path])))
         else:
             samples[f"{label} model {path}"] = x
-    for name, pool in zip(_POOLED, (norms, biases), strict=True):
+    for name, pool in zip(_POOLED, (norms, biases, zeros), strict=True):
         if pool:
             samples[f"{label} model {name}"] = np.concatenate(pool)
     return samples
+
+
+@lru_cache(maxsize=1)
+def _float64_draws() -> Samples:
+    """A few weights of both laws by both twins, in float64."""
+    import jax
+    import torch
+
+    from omni_jax import init as ours
+    from omni_torch import init as theirs
+    from parity.sides import compiled, compiler_options
+
+    shape = (8, 8)
+    with jax.enable_x64(True):
+
+        def draw(key: Any) -> dict[str, Any]:
+            return {
+                "uniform in float64 (jax)": ours.linear_default(key, shape, jax.numpy.float64),
+                "normal in float64 (jax)": ours.embedding_default(key, shape, jax.numpy.float64),
+            }
+
+        key = jax.random.key(0)
+        options = compiler_options(True, "float64", jax.devices()[0])
+        drawn = {name: np.asarray(x) for name, x in compiled(jax.jit(draw).lower(key), options)(key).items()}
+    generator, empty = torch.Generator().manual_seed(0), torch.empty(shape, dtype=torch.float64)
+    drawn["uniform in float64 (torch)"] = theirs.linear_default_(empty.clone(), generator).numpy()
+    drawn["normal in float64 (torch)"] = theirs.embedding_default_(empty, generator).numpy()
+    return drawn
+
+
+def _lacks_digits(x: np.ndarray) -> str:
+    """Words, if x is not float64 or float32 can hold most of it."""
+    held = int(np.count_nonzero(x == x.astype(np.float32)))
+    if x.dtype != np.float64:
+        return f"{x.dtype} where float64 was asked for"
+    return f"float32 holds {held} of {x.size} weights exactly" if 2 * held > x.size else ""

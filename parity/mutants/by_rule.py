@@ -8,6 +8,7 @@ copied from each other, comparing them cannot tell.
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import importlib.util
 import textwrap
@@ -20,12 +21,12 @@ from parity.errors import Misuse
 from parity.mutants.by_rule_sites import Site, sites
 from parity.mutants.mutant import Edit
 
-__all__ = ["MODULES", "RuleMutant", "by_rule"]
+__all__ = ["MODULES", "RuleMutant", "by_rule", "named"]
 
 MODULES = (
     "attention", "layers", "thinker", "losses", "optim", "init", "sampling", "mel", "audio", "audio_encoder", "ctc",
-    "vision", "vision_encoder", "fusion", "cache", "generation", "autodiff", "data", "training", "training_utils",
-    "image_file", "audio_file",
+    "vision", "vision_encoder", "fusion", "cache", "generation", "autodiff", "data", "training", "training_run",
+    "training_utils", "image_file", "audio_file",
 )  # fmt: skip
 """Those that compute; files, commands and settings are not mutated."""
 SPECIAL = ("__call__", "__getitem__", "__len__", "__iter__")
@@ -63,6 +64,15 @@ def by_rule(modules: Sequence[str] = ()) -> tuple[RuleMutant, ...]:
         if module not in MODULES:
             raise Misuse(f"--module {module}: must be one of {', '.join(MODULES)}")
     return tuple(mutant for module in MODULES if module in modules or not modules for mutant in _of(module))
+
+
+def named(mutants: Sequence[RuleMutant], ids: Sequence[str]) -> tuple[RuleMutant, ...]:
+    """Those of the mutants that have these ids, in the mutants' order."""
+    for name in ids:
+        if not any(mutant.id == name for mutant in mutants):
+            near = difflib.get_close_matches(name, [mutant.id for mutant in mutants], 1)
+            raise Misuse(f"--id {name}: no such mutant" + (f"; did you mean {near[0]}?" if near else ""))
+    return tuple(mutant for mutant in mutants if mutant.id in ids)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ __all__ = ["with_rules"]
 def with_rules(command: Callable[..., int]) -> Callable[..., int]:
     """`command` with --by-rule and its options; without --by-rule it is `command`."""
     catalogue, own = inspect.signature(command, eval_str=True), inspect.signature(_by_rule, eval_str=True)
-    parameters = {**catalogue.parameters, **own.parameters}
+    parameters = {**catalogue.parameters, **{k: p for k, p in own.parameters.items() if k not in catalogue.parameters}}
 
     @functools.wraps(command)
     def mutants(by_rule: bool = False, **options: Any) -> int:
@@ -42,18 +42,27 @@ def _by_rule(
         int | None, typer.Option("--sample", metavar="N", min=1, help="By rule: N of the mutants, drawn at random.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="By rule: seed of the draw.")] = 0,
-    json_file: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write the outcomes to this file as well.")
+    ids: Annotated[
+        list[str] | None, typer.Option("--id", metavar="ID", help="By rule: this mutant only; may be repeated.")
     ] = None,
+    examined: Annotated[
+        bool, typer.Option("--examined", help="By rule: judge those again that survived once and were examined.")
+    ] = False,
+    json_file: str | None = None,
 ) -> int:
     import json
 
     from parity import cache, runner
     from parity.cli import _console, _plain_progress
-    from parity.mutants.by_rule import by_rule
+    from parity.mutants.by_rule import by_rule, named
+    from parity.mutants.examined import EXAMINED
     from parity.report import json_file as json_report
 
     every = by_rule([name.strip() for item in module or () for name in item.split(",") if name.strip()])
+    if ids is not None:
+        every = named(every, ids)
+    if examined:
+        every = tuple(mutant for mutant in every if mutant.id in EXAMINED)
     if json_file is not None:
         json_report.check_writable(json_file)
     cache.keep_arrays()

@@ -24,9 +24,10 @@ from parity.mutants import inject
 from parity.mutants.by_rule import RuleMutant
 from parity.mutants.by_rule_looks import Look, looks_of
 from parity.mutants.examined import examined
+from parity.mutants.gate import bad, exit_code, quiet, row_key
 from parity.mutants.replay import Recording
 from parity.result import CheckResult, Row
-from parity.verdict import Verdict
+from parity.sides import one_thread
 
 __all__ = ["STATUSES", "RuleGate", "RuleOutcome", "RuleReport", "run", "sampled"]
 
@@ -52,7 +53,7 @@ class RuleOutcome:
     """Some figure of some row was not the clean one's: it did something, within the noise."""
     seconds: float = 0.0
     reason: str = ""
-    """What the examination of a survivor found; "" where nobody has looked yet."""
+    """What an examination has found, now or once, when it survived; "" where nobody has looked yet."""
 
 
 @dataclass
@@ -73,11 +74,19 @@ class RuleReport:
         return [outcome for outcome in self.having("survived") if not outcome.reason]
 
     @property
+    def revived(self) -> list[RuleOutcome]:
+        """Those that survived once, were examined, and do not survive now."""
+        return [outcome for outcome in self.having("killed", "crashed") if outcome.reason]
+
+    @property
+    def refuted(self) -> list[RuleOutcome]:
+        """Those called equivalent that are not: the argument was wrong."""
+        return [outcome for outcome in self.revived if outcome.reason.startswith("equivalent")]
+
+    @property
     def exit_code(self) -> int:
-        """0: every survivor is proved equivalent; 1: something survived; 3: an error, or nothing was run."""
-        if self.having("survived"):
-            return 1
-        return 3 if self.having("error") or not self.outcomes or not self.ended else 0
+        """0: every survivor is equivalent; 1: something survived, or an equivalent did not; 3: an error, or no run."""
+        return exit_code(self, bool(self.having("survived") or self.refuted))
 
     def to_dict(self) -> dict[str, Any]:
         counts = Counter(outcome.status for outcome in self.outcomes)
@@ -90,6 +99,7 @@ class RuleReport:
             "seed": self.seed,
             **{status.replace(" ", "_"): counts[status] for status in STATUSES},
             "unexamined": len(self.unexamined),
+            "refuted": len(self.refuted),
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
         }
 
@@ -114,8 +124,8 @@ class RuleGate:
     def __call__(self, mutant: RuleMutant) -> RuleOutcome:
         started = time.perf_counter()
         status, check, words, moved = self._judged(mutant)
-        kind, reason = examined(mutant.id) if status == "survived" else ("", "")
-        if kind == "equivalent":
+        kind, reason = examined(mutant.id)
+        if kind == "equivalent" and status == "survived":
             status = kind
         return RuleOutcome(
             mutant.id, mutant.side, mutant.module, mutant.rule, mutant.what, status, check, words, moved,
@@ -142,14 +152,14 @@ class RuleGate:
                 return "crashed", str(look), _told(error), moved
             if not called:
                 continue
-            before = {_key(row): row for result in clean.results for row in result.deciding}
-            bad = [r for result in results for r in result.deciding if _bad(r) and not _bad(before.get(_key(r)))]
-            finite = [row for row in bad if "not finite" not in row.evidence]
+            before = {row_key(row): row for result in clean.results for row in result.deciding}
+            worse = [r for x in results for r in x.deciding if bad(r) and not bad(before.get(row_key(r)))]
+            finite = [row for row in worse if "not finite" not in row.evidence]
             if finite:
                 return "killed", str(look), f"{finite[0].name}: {finite[0].evidence}", True
             error = next((result.error for result in results if result.error), None)
-            if bad or error:
-                return "crashed", str(look), error or f"{bad[0].name}: {bad[0].evidence}", True
+            if worse or error:
+                return "crashed", str(look), error or f"{worse[0].name}: {worse[0].evidence}", True
             passed.append(str(look))
             moved |= [_figures(r) for x in results for r in x.rows] != [
                 _figures(r) for x in clean.results for r in x.rows
@@ -159,7 +169,7 @@ class RuleGate:
     def look(self, look: Look) -> _Clean:
         """The clean run of a look: recorded, then run again as mutants are, to see which lines that takes."""
         if look not in self.clean:
-            inject._import_everything()
+            inject.import_everything()
             inject.forget(programs=True)
             recording = Recording()
             with recording.running():
@@ -170,22 +180,22 @@ class RuleGate:
                 results = self._run(look)
             work = time.process_time() - begun
             for result in (*first, *results):
-                wrong = [row.name for row in result.deciding if _bad(row)]
+                wrong = [row.name for row in result.deciding if bad(row)]
                 if result.error or wrong:
                     raise CannotLook(f"the clean run of {look} does not agree: {result.error or ', '.join(wrong)}")
             self.clean[look] = _Clean(recording, results, frozenset(lines), work)
         return self.clean[look]
 
     def _run(self, look: Look) -> list[CheckResult]:
-        return [checks.load(name).run(look.scope, _silent) for name in look.checks]
+        return [checks.load(name).run(look.scope, quiet) for name in look.checks]
 
     def _looked(self, look: Look, clean: _Clean) -> list[CheckResult]:
         """The checks one by one; a difference that one has seen saves the next."""
         results = []
         with _limited(max(MOST_WORK * clean.work, LEAST_LIMIT)):
             for name, before in zip(look.checks, clean.results, strict=True):
-                results.append(checks.load(name).run(look.scope, _silent))
-                if sum(map(_bad, results[-1].deciding)) > sum(map(_bad, before.deciding)):
+                results.append(checks.load(name).run(look.scope, quiet))
+                if sum(map(bad, results[-1].deciding)) > sum(map(bad, before.deciding)):
                     break
         return results
 
@@ -204,11 +214,9 @@ def run(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> RuleReport:
     """Every mutant in its turn; Ctrl-C ends the run but not the report."""
-    from parity.mutants.gate import _strict
-
     started, gate, report = time.perf_counter(), RuleGate(), RuleReport([], of or len(mutants), seed)
-    tell = progress or _silent
-    with _strict():
+    tell = progress or quiet
+    with one_thread():
         try:
             for done, mutant in enumerate(mutants):
                 tell(done, len(mutants), mutant.id)
@@ -267,18 +275,6 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _bad(row: Row | None) -> bool:
-    return row is not None and row.verdict.gravity >= Verdict.PINNED.gravity
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return row.check, row.config, row.regime, row.precision, row.name
-
-
 def _figures(row: Row) -> tuple[Any, ...]:
     """All that a row measured."""
-    return (*_key(row), row.verdict, row.evidence, row.z_same, row.z_jax, row.z_torch, row.excess)
-
-
-def _silent(*_: Any) -> None:
-    pass
+    return (*row_key(row), row.verdict, row.evidence, row.z_same, row.z_jax, row.z_torch, row.excess)

@@ -23,7 +23,11 @@ def render(report: Any, console: Any) -> None:
         if outcome.status == "survived":
             console.print(Text(f"    {outcome.reason or 'not examined'}"))
     for outcome in report.having("equivalent"):
-        console.print(Text(f"{outcome.id}: {outcome.reason}"))
+        effect = " (moves, within the noise)" if outcome.moved else ""
+        console.print(Text(f"{outcome.id}{effect}: {outcome.reason}"))
+    for outcome in report.revived:
+        words = f"{outcome.status} by {outcome.check} although examined: {outcome.id}: {outcome.reason}"
+        console.print(Text(words + (": the argument is wrong" if outcome in report.refuted else "")))
     for kind, names in (("rule", RULES), ("module", tuple(dict.fromkeys(o.module for o in report.outcomes)))):
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column(kind)
@@ -51,6 +55,8 @@ def totals(report: Any) -> list[str]:
         f"{count['survived']} survived, {len(report.unexamined)} of them not examined",
         f"{count['equivalent']} equivalent",
     ]
+    if report.refuted:
+        lines.append(f"{len(report.refuted)} called equivalent that are not")
     if count["error"]:
         lines.append(f"{count['error']} could not be judged")
     if not report.ended:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +16,10 @@ from parity.mutants.familiar import BOUNDS, Familiar, concerned
 from parity.mutants.mutant import AREAS, Mutant
 from parity.mutants.replay import Recording
 from parity.result import CheckResult, Row
+from parity.sides import one_thread
 from parity.verdict import Verdict
 
-__all__ = ["GATES", "Gate", "Outcome", "Report", "run"]
+__all__ = ["GATES", "Gate", "Outcome", "Report", "bad", "changed", "exit_code", "quiet", "row_key", "run"]
 
 GATES = ("fast", "full")
 
@@ -69,9 +69,7 @@ class Report:
     @property
     def exit_code(self) -> int:
         """0: everything was killed; 1: something survived; 3: an error, or nothing was run."""
-        if self.of("survived"):
-            return 1
-        return 3 if self.of("error") or not self.outcomes or not self.ended else 0
+        return exit_code(self, bool(self.of("survived")))
 
     def to_dict(self) -> dict[str, Any]:
         live = self.of("killed", "survived", "error")
@@ -123,7 +121,7 @@ class Gate:
             if reached and (result is not None or not mutant.symptom):
                 raise inject.DeadAnchor(f"nobody called {', '.join(reached)} while the check looked: a dead anchor")
             if result is not None:
-                rows = _changed(clean, result)
+                rows = changed(clean, result)
                 z, located = _worst(rows), _place(rows)
                 status = "killed" if rows else "error" if result.error else "survived"
                 words = rows[0].evidence if rows else result.error or ""
@@ -146,8 +144,8 @@ class Gate:
             recording = Recording()
             inject.forget()
             with recording.running():
-                result = checks.load(check).run(scope, _silent)
-            if result.error or any(_bad(row) for row in result.deciding):
+                result = checks.load(check).run(scope, quiet)
+            if result.error or any(bad(row) for row in result.deciding):
                 raise CannotLook(f"the clean run of {check} does not agree: {result.error or _bad_names(result)}")
             self.clean[check, scope] = result, recording
         return self.clean[check, scope]
@@ -156,7 +154,7 @@ class Gate:
         """The check's result under the bug; None and the words of the exception where it raised."""
         try:
             with recording.running(mutant.side):
-                return checks.load(mutant.check).run(scope, _silent), ""
+                return checks.load(mutant.check).run(scope, quiet), ""
         except Exception as error:
             return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
@@ -166,8 +164,8 @@ def run(
 ) -> Report:
     """Every mutant in its turn; Ctrl-C ends the run but not the report."""
     started, made, report = time.perf_counter(), Gate(gate), Report(gate, [], 0.0)
-    tell = progress or _silent
-    with _strict():
+    tell = progress or quiet
+    with one_thread():
         try:
             # Mutants of one check share its clean run, whatever their area.
             for done, mutant in enumerate(sorted(mutants, key=lambda m: m.check)):
@@ -180,39 +178,35 @@ def run(
     return report
 
 
-@contextlib.contextmanager
-def _strict() -> Any:
-    """As the checks run everywhere: one thread, whatever the machine has."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def exit_code(report: Any, survived: bool) -> int:
+    """Of a report on mutants: 1: something survived; 3: an error, or nothing was run; else 0."""
+    if survived:
+        return 1
+    return 3 if any(o.status == "error" for o in report.outcomes) or not report.outcomes or not report.ended else 0
 
 
-def _silent(*_: Any) -> None:
-    pass
+def quiet(*_: Any) -> None:
+    """The progress that nobody looks at."""
 
 
-def _bad(row: Row) -> bool:
-    return row.verdict.gravity >= Verdict.PINNED.gravity
+def bad(row: Row | None) -> bool:
+    """Whether a row is there, and says that something is wrong."""
+    return row is not None and row.verdict.gravity >= Verdict.PINNED.gravity
 
 
 def _bad_names(result: CheckResult) -> str:
-    return ", ".join(row.name for row in result.deciding if _bad(row))
+    return ", ".join(row.name for row in result.deciding if bad(row))
 
 
-def _key(row: Row) -> tuple[str, ...]:
-    return row.config, row.regime, row.precision, row.name
+def row_key(row: Row) -> tuple[str, ...]:
+    """What names a row among those of all checks."""
+    return row.check, row.config, row.regime, row.precision, row.name
 
 
-def _changed(clean: CheckResult, result: CheckResult) -> list[Row]:
+def changed(clean: CheckResult, result: CheckResult) -> list[Row]:
     """The rows that fail now and did not, in their order."""
-    before = {_key(row): row.verdict for row in clean.deciding}
-    return [row for row in result.deciding if _bad(row) and row.verdict != before.get(_key(row))]
+    before = {row_key(row): row.verdict for row in clean.deciding}
+    return [row for row in result.deciding if bad(row) and row.verdict != before.get(row_key(row))]
 
 
 def _worst(rows: Iterable[Row]) -> float | None:

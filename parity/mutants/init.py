@@ -42,6 +42,8 @@ MUTANTS = (
     _mutant("one-key", "I06", "every tensor is drawn with one key: layers are copies of each other",
             Edit("omni_jax.thinker", "_draw", "wide = np.float64 if leaf",
                 "host = np.random.default_rng(7); wide = np.float64 if leaf"), where="model"),
+    _mutant("float32-widened", "common: the dtype of a draw", "float64 weights are drawn in float32",
+            Edit("omni_jax.init", "_uniform", "_wide(dtype)", "jnp.float32"), where="float64"),
     _mutant("wider", "I03", "2 % too wide",
             Edit("omni_torch.init", "xavier_uniform_", "gain * math.sqrt(6.0 / fans)",
                 "1.02 * gain * math.sqrt(6.0 / fans)")),

@@ -21,7 +21,7 @@ from typing import Any
 from parity.errors import CannotLook
 from parity.mutants.mutant import Edit
 
-__all__ = ["DeadAnchor", "Injection", "edited", "forget", "injected"]
+__all__ = ["DeadAnchor", "Injection", "edited", "forget", "import_everything", "injected"]
 
 PACKAGES = ("omni_jax", "omni_torch", "parity")
 
@@ -45,7 +45,7 @@ class Injection:
 @contextlib.contextmanager
 def injected(edits: Sequence[Edit]) -> Iterator[Injection]:
     """The edits are in force inside; a `DeadAnchor` before anything is changed where one does not apply."""
-    _import_everything()
+    import_everything()
     injection, replacements = Injection(), []
     for target, owner, found, made in edited(edits):
         injection.calls[target] = 0
@@ -142,7 +142,7 @@ def _holders(found: Any) -> list[types.ModuleType]:
 
 
 @functools.cache
-def _import_everything() -> None:
+def import_everything() -> None:
     """A module that is first imported while a bug is in would keep it for ever."""
     for name in PACKAGES:
         package = importlib.import_module(name)

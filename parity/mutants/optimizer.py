@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from parity.mutants.mutant import Edit, Mutant
 
 __all__ = ["MUTANTS"]
@@ -9,8 +11,17 @@ __all__ = ["MUTANTS"]
 TORCH, JAX = ("omni_torch.optim", "_update_"), ("omni_jax.optim", "_update")
 
 
-def _mutant(name: str, report: str, what: str, *edits: Edit, where: str = "", needs: str = "", **more: str) -> Mutant:
-    return Mutant(f"optimizer-{name}", "optimizer", report, what, edits, more.get("check", "adamw"), where, {}, needs)
+def _mutant(
+    name: str,
+    report: str,
+    what: str,
+    *edits: Edit,
+    where: str = "",
+    needs: str = "",
+    check: str = "adamw",
+    **scope: Any,
+) -> Mutant:
+    return Mutant(f"optimizer-{name}", "optimizer", report, what, edits, check, where, scope, needs)
 
 
 MUTANTS = (
@@ -52,6 +63,9 @@ MUTANTS = (
             Edit("omni_torch.optim", "_average_", "mean.lerp_(x, 1.0 - beta)",
                  "mean.mul_(beta).add_(x, alpha=float(torch.tensor(1.0 - beta, dtype=torch.float32)))"),
                      where=": m|: v|displacement"),
+    _mutant("average-drift", "common: beta and 1 − beta do not add up to 1", "β·v + (1 − β)·v for moments in float32",
+            Edit("omni_jax.optim", "_average", "if beta >= 0.5", "if beta > 1.0"), where="arrived",
+            needs="moments that have arrived", precisions=("float32",)),
     _mutant("mask-inverted", "O07", "vectors decay, matrices do not",
             Edit("omni_torch.optim", "decay_mask", "p.ndim >= 2", "p.ndim < 2"), check="recipe"),
     _mutant("mask-frozen", "O11", "what decay spares is decayed too",

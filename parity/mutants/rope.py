@@ -56,7 +56,7 @@ MUTANTS = (
     Mutant(
         "rope-shifted", "rope", "P04", "all positions are one too large, for queries and keys alike",
         (Edit(*ANGLES, "positions[..., None]", "(positions[..., None] + 1)"),), "logits",
-        equivalent="only the distance of query and key enters a score: shifting both cancels",
+        "^cos", {"precisions": ("bfloat16",)}, needs="the angles by themselves: a score knows only their distance",
     ),
     Mutant(
         "rope-float32", "rope", "P06", "angles are computed in float32",

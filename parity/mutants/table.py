@@ -91,6 +91,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         "* Where a check compares exactly (tokens, files, kept sets, refusals) there is no z.",
         "* A bug in one twin is caught by comparing; a mistake in both is caught only where a third party stands",
         "  beside them (SentencePiece, torch's files, librosa, an oracle in extended precision), or a frozen number.",
+        '* "Located" is the row or tap, not the cause: [causes.md](causes.md) counts for how many bugs the diagnosis',
+        "  names the right cause, of the catalogue (`parity locate --score`) and of others (`--held-out`).",
         "* Seconds are those of one run on a CPU; the first bug of a check waits for its clean run too.",
         "",
         "## By area",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,30 +12,21 @@ from parity.checks import Scope
 from parity.errors import CannotLook
 from parity.result import RunResult
 
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Such small models gain nothing from a second thread, and where other processes work it waits for them."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+sys.path.append(str(Path(__file__).parent))  # for toy.py, which several tests share
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    with _one_thread():
+    from parity import sides
+
+    with sides.one_thread():
         yield
 
 
 @pytest.fixture(scope="session")
 def run_on() -> Callable[[str], RunResult]:
     """The default run on a device, by its name; skips with the reason where there is no such device."""
-    from parity import runner
+    from parity import runner, sides
     from parity.precision import resolve_device
 
     runs: dict[str, RunResult] = {}
@@ -48,7 +40,7 @@ def run_on() -> Callable[[str], RunResult]:
             # By default an accelerator rounds inside float32 products (TF32, bfloat16 passes): another arithmetic, and
             # rightly not AGREE.
             matmul = "default" if device == "cpu" else "highest"
-            with _one_thread():
+            with sides.one_thread():
                 runs[device] = runner.run(Scope(device=device), matmul=matmul)
         return runs[device]
 

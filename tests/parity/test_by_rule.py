@@ -20,7 +20,7 @@ from parity.cli import app  # noqa: E402
 from parity.errors import Misuse  # noqa: E402
 from parity.mutants import by_rule as rules  # noqa: E402
 from parity.mutants import by_rule_gate as gates  # noqa: E402
-from parity.mutants import inject  # noqa: E402
+from parity.mutants import by_rule_table, inject  # noqa: E402
 from parity.mutants.by_rule import MODULES, RuleMutant, by_rule  # noqa: E402
 from parity.mutants.by_rule_looks import Look, looks_of  # noqa: E402
 from parity.mutants.by_rule_sites import RULES, sites  # noqa: E402
@@ -245,6 +245,18 @@ def test_an_endless_loop_is_cut_off() -> None:
         forever()
 
 
+def test_an_equivalent_that_is_killed_is_said_to_be_none(look: Look, monkeypatch) -> None:
+    monkeypatch.setattr(gates, "examined", lambda name: ("equivalent", "wrongly"))
+    outcome = gates.RuleGate()(named("arithmetic:-→+"))
+    report = gates.RuleReport([outcome], 1, None)
+    assert report.refuted == report.revived == [outcome]
+    assert report.exit_code == 1
+    assert "1 called equivalent that are not" in by_rule_table.totals(report)
+    monkeypatch.setattr(gates, "examined", lambda name: ("tests", "seen by this test only"))
+    report = gates.RuleReport([gates.RuleGate()(named("arithmetic:-→+"))], 1, None)
+    assert (len(report.revived), report.refuted, report.exit_code) == (1, [], 0)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +270,18 @@ def test_the_command_shows_survivors_first_and_counts(look: Look, tmp_path, monk
     record: dict[str, Any] = json.loads((tmp_path / "f").read_text())
     assert (record["killed"], record["crashed"], record["survived"], record["unexamined"]) == (3, 1, 1, 1)
     assert record["of"] == record["mutants"] == 5
+
+
+def test_the_command_judges_one_mutant_or_those_examined(look: Look, tmp_path, monkeypatch) -> None:
+    right, wrong = named("constant:0→-1"), named("arithmetic:-→+")
+    monkeypatch.setattr(rules, "by_rule", lambda modules: (right, wrong))
+    given = ["mutants", "--by-rule", "--json", str(tmp_path / "f")]
+    for options, wanted in ((["--id", wrong.id], wrong), (["--examined"], right)):
+        CliRunner().invoke(app, [*given, *options])
+        assert [outcome["id"] for outcome in json.loads((tmp_path / "f").read_text())["outcomes"]] == [wanted.id]
+    result = CliRunner().invoke(app, [*given, "--id", wrong.id[:-1]])
+    assert result.exit_code == 2
+    assert "did you mean" in result.output
 
 
 def test_the_command_names_an_unknown_module() -> None:

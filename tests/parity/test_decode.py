@@ -20,7 +20,7 @@ from parity.verdict import Verdict  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PADDED, STEPS, EXPERTS, WINDOW = decode.CASES
+PADDED, STEPS, PAIRS, EXPERTS, WINDOW = decode.CASES
 # Nothing is compiled where JAX's program is evaluated instead.
 PADDED = dataclasses.replace(PADDED, compiled=False)
 
@@ -77,7 +77,7 @@ def test_the_last_token_takes_the_last_position() -> None:
     for case in decode.CASES:
         ctx_len = decode.CONFIGS[case.config]["ctx_len"]
         assert ctx_len < decode.T if case.window else ctx_len == decode.T
-    assert {case.chunk for case in (*decode.CASES, *decode.MORE)} == {1, 3, 7}
+    assert {case.chunk for case in (*decode.CASES, *decode.MORE)} == {1, 2, 3, 7}
     assert {len(case.pads) for case in decode.CASES} == {1, 3}
 
 
@@ -88,7 +88,7 @@ def test_the_other_cases_agree_in_float64(case) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_seeds_agree(seed) -> None:
-    for case in (PADDED, EXPERTS, WINDOW):
+    for case in (PADDED, PAIRS, EXPERTS, WINDOW):
         found = decode.decode(case, "float64", Scope(seed=seed, draws=5)).rows()
         assert {row.verdict for row in found} == {Verdict.AGREE}
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +12,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from parity import causes_arrays, diagnosis
-from parity.causes_arrays import Hypothesis, name_constant, share
+import toy
+
+from parity import diagnosis
+from parity.causes import arrays
+from parity.causes.arrays import Hypothesis, name_constant, share
 from parity.locate import locate_pair
 from parity.verdict import THRESHOLDS
-
-_spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
-toy: Any = sys.modules.setdefault("toy", importlib.util.module_from_spec(_spec))  # pyright: ignore
-if not hasattr(toy, "Toy"):
-    _spec.loader.exec_module(toy)  # pyright: ignore[reportOptionalMemberAccess]
 
 CAUSES: dict[str, tuple[dict[str, Any], str, str]] = {
     "eps": ({"eps": 1e-6}, "tap norm", r"^eps: 1e-06 in the place of 1e-05 at .*toy\.py"),
@@ -94,9 +89,7 @@ DONE: dict[str, tuple[np.ndarray, str]] = {
 def test_what_was_done_to_an_array_is_found(cause: str) -> None:
     theirs, words = DONE[cause]
     exact = [
-        h
-        for h in causes_arrays.hypotheses(A, theirs)
-        if np.allclose(h.value, theirs, rtol=np.finfo(float).eps * 8, atol=0)
+        h for h in arrays.hypotheses(A, theirs) if np.allclose(h.value, theirs, rtol=np.finfo(float).eps * 8, atol=0)
     ]
     assert exact
     first = min(exact, key=lambda h: h.rank)
@@ -106,7 +99,7 @@ def test_what_was_done_to_an_array_is_found(cause: str) -> None:
 
 def test_noise_is_explained_by_nothing() -> None:
     theirs = A + np.random.default_rng(1).standard_normal(A.shape)
-    assert max(share(A, theirs, h.value) for h in causes_arrays.hypotheses(A, theirs)) < THRESHOLDS.explained
+    assert max(share(A, theirs, h.value) for h in arrays.hypotheses(A, theirs)) < THRESHOLDS.explained
 
 
 def test_the_share_is_of_the_squares() -> None:

@@ -21,7 +21,6 @@ import omni_torch.attention  # noqa: E402
 import omni_torch.thinker  # noqa: E402
 from parity import statistics as st  # noqa: E402
 from parity.checks import Scope, dropout  # noqa: E402
-from parity.errors import CannotLook  # noqa: E402
 from parity.result import CheckResult, Row  # noqa: E402
 from parity.verdict import Verdict  # noqa: E402
 
@@ -88,6 +87,7 @@ def test_own_masks_have_a_row_for_every_claim_and_side(result):
     wanted = {f"rate, {place}" for place in places} | {f"independence between {axis}s" for axis in axes}
     wanted |= {"independence between places and layers", "scale of what is kept", "evaluation drops nothing"}
     wanted |= {"the same seed, the same masks", "another seed, other masks", "attention drops probabilities"}
+    wanted |= {"places that drop"}
     assert names == wanted
     assert len(rows) == 2 * len(wanted)
     for row in rows:
@@ -312,10 +312,13 @@ def test_a_generator_reset_at_every_call_on_the_torch_side(monkeypatch):
     assert own("torch") >= {"independence between steps", "another seed, other masks"}
 
 
-def test_a_place_that_does_not_drop_is_no_pass(monkeypatch):
+def test_a_place_that_does_not_drop_is_a_difference(monkeypatch):
     monkeypatch.setattr(omni_torch.attention, "attend", _torch_attend(lambda drop, p: p))
-    with pytest.raises(CannotLook, match="4 places dropped something, expected 6"):
-        own("torch")
+    found = dropout.run(Scope(precisions=("float32",), controls=False), lambda *_: None)
+    (row,) = [row for row in found.rows if row.name == "places that drop (torch)"]
+    assert row.verdict is Verdict.DIFFER
+    assert row.evidence.startswith("4 places dropped something, expected 6")
+    assert found.exit_code == 1
 
 
 def _jax_dropout(monkeypatch, change: Callable[[nnx.Dropout], None]) -> None:

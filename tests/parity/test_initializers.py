@@ -226,7 +226,8 @@ def test_one_key_for_all_blocks_in_the_twin_itself_is_seen(monkeypatch, fresh_dr
 
         _wrong_torch_blocks(monkeypatch, lambda: torch.manual_seed(7), lambda block: None)
     rejected = {(m.name, m.side) for m in initializers.measure() if m.rejected}
-    assert {(initializers._pairs(label), side) for label in ("dense", "moe")} == rejected
+    labels = ("dense", "moe", "vision") if side == "jax" else ("dense", "moe")  # ViTTiny's layer is torch's own
+    assert {(initializers._pairs(label), side) for label in labels} == rejected
 
 
 def test_a_model_of_zeros_is_rejected_and_not_a_crash(monkeypatch):
@@ -252,7 +253,7 @@ def test_run_makes_rows_and_controls():
     assert result.exit_code == 0
     assert result.controls
     assert all(control.rejected for control in result.controls)
-    assert all(row.smallest_seen is not None for row in result.rows)
+    assert all(row.smallest_seen is not None for row in result.rows if row.precision != "float64")
     assert {row.decides for row in result.rows} == {True, False}
     assert seen[-1][0] == seen[-1][1]
     assert "overall error level of 0.0001" in result.notes[0]

@@ -30,6 +30,7 @@ SURFACE = {
         "--full",
         "--json",
         "--figures",
+        "--explain",
         "--search",
         "--budget",
     },
@@ -46,11 +47,13 @@ SURFACE = {
         "--mutant",
         "--score",
         "--only",
+        "--held-out",
+        "--explain",
         "--seed",
         "--json",
     },
     "optimizers": {"--steps", "--lr", "--seed", "--json"},
-    "mutants": {"--gate", "--only", "--by-rule", "--module", "--sample", "--seed", "--json"},
+    "mutants": {"--gate", "--only", "--by-rule", "--examined", "--id", "--module", "--sample", "--seed", "--json"},
 }
 
 BLOCKER = """
@@ -90,6 +93,7 @@ def test_defaults_of_run() -> None:
         "matmul": "default",
         "seed": 0,
         "full": False,
+        "explain": 60.0,
         "search": False,
     }
     assert defaults == wanted

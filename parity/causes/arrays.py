@@ -49,6 +49,10 @@ NARROW: dict[str, Callable[[Any], np.ndarray]] = {
 }
 
 
+NEARLY = 2.0**-20
+"""A factor that is this near to 1 is what rounding a number to float32, here and there, leaves."""
+
+
 def share(ours: np.ndarray, theirs: np.ndarray, value: np.ndarray) -> float:
     """How much of theirs − ours the value explains: 1 − ‖theirs − value‖² / ‖theirs − ours‖²."""
     theirs, value = np.asarray(theirs, np.float64), np.asarray(value, np.float64)
@@ -75,7 +79,11 @@ def hypotheses(ours: np.ndarray, theirs: np.ndarray) -> Iterator[Hypothesis]:
     square = float(np.sum(a * a))
     if square > 0 and a.size > 1 and np.isfinite(b).all():
         factor = float(np.sum(a * b)) / square
-        yield Hypothesis("scale factor", f"multiplied by {name_constant(factor)}", factor * a, 3, factor)
+        if 0 < abs(factor - 1.0) < NEARLY:
+            words = f"multiplied by 1 {'+' if factor > 1 else '−'} {abs(factor - 1.0):.3g}: a number kept in float32"
+            yield Hypothesis("constant rounded", words, factor * a, 3, factor)
+        else:
+            yield Hypothesis("scale factor", f"multiplied by {name_constant(factor)}", factor * a, 3, factor)
         offset = float(np.mean(b - a))
         yield Hypothesis("constant offset", f"plus {name_constant(offset)}", a + offset, 3, offset)
     if a.ndim > 1:
@@ -167,6 +175,12 @@ def is_named(number: float) -> bool:
 @lru_cache(maxsize=1)
 def _constants() -> tuple[tuple[str, float], ...]:
     many = range(2, 4097)
-    known = [("√2", 2**0.5), ("ln 2", math.log(2)), ("1 / ln 2", 1 / math.log(2)), ("π", math.pi)]
+    known = [
+        ("√2", 2**0.5),
+        ("ln 2", math.log(2)),
+        ("1 / ln 2", 1 / math.log(2)),
+        ("π", math.pi),
+        ("1 / ln 10", 1 / math.log(10)),
+    ]
     known += [(f"√{n}", n**0.5) for n in many] + [(f"1 / {n}", 1 / n) for n in many]
     return (*known, *((f"1 / √{n}", n**-0.5) for n in many))

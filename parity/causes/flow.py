@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity.causes_arrays import name_constant
+from parity.causes.arrays import name_constant
 from parity.precision import unit_roundoff
 from parity.verdict import THRESHOLDS, subtract
 
@@ -91,7 +91,6 @@ def flows(question: Question, flat: Any) -> list[tuple[str, float, Sequence[int]
     """(place, setting of its gates, their steps, the gradients with these gates set otherwise)."""
     import jax
 
-    from parity.primitives import bind_equation
     from parity.sides import compiled, compiler_options
 
     pair, args = question.pair, question.args
@@ -118,7 +117,7 @@ def flows(question: Question, flat: Any) -> list[tuple[str, float, Sequence[int]
             if not any(slot in env for slot in step.inputs):
                 out = [flat.values[slot] for slot in step.outputs]
             else:
-                out = bind_equation(step.eqn, step.eqn.params, [_typed(x, v) for x, v in zip(inputs, step.eqn.invars)])
+                out = _bound(step, inputs)
                 if float_step(step):
                     out = [gate(y, gates[i]) for y in (inputs if step.name == "stop_gradient" else out)]
             env.update(zip(step.outputs, out))
@@ -139,6 +138,17 @@ def flows(question: Question, flat: Any) -> list[tuple[str, float, Sequence[int]
 
     places = [f"{flat.steps[g[0]].name} at {flat.steps[g[0]].place}" for g in groups]
     return [(place, float(start[group[0]]), group, gradient) for group, place in zip(groups, places)]
+
+
+def _bound(step: Any, inputs: Sequence[Any]) -> list[Any]:
+    """A step on JAX values."""
+    import jax.numpy as jnp
+
+    from parity.primitives import bind_equation
+
+    if step.name in ("turn", "turns"):
+        return [inputs[0][step.eqn.params["at"]] if step.name == "turn" else jnp.stack(inputs)]
+    return bind_equation(step.eqn, step.eqn.params, [_typed(x, v) for x, v in zip(inputs, step.eqn.invars)])
 
 
 def _typed(value: Any, variable: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity.causes_arrays import Hypothesis
+from parity.causes.arrays import Hypothesis
 from parity.errors import CannotLook
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parity.causes_arrays import Hypothesis
+from parity.causes.arrays import Hypothesis
 
 if TYPE_CHECKING:
     from parity.diagnosis import Diagnosis, Question
