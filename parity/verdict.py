@@ -56,7 +56,7 @@ class Verdict(enum.StrEnum):
 class Thresholds:
     """Every constant of the judgement. They come from `parity calibrate`, not from a wish (docs/decisions/0001)."""
 
-    z: float = 2.0
+    z: float = 2.25
     """Real kernels against the textbook model: the factor by which a correct result may exceed the unit."""
     level: float = 1e-6
     """Chance of a false alarm per tensor and look, if errors were as the model draws them."""
