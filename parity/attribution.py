@@ -214,7 +214,6 @@ def score(
 
 def _one(gate: Any, mutant: Mutant, library: bool, answers: Mapping[str, str]) -> Attributed:
     from parity import checks
-    from parity.errors import CannotLook
     from parity.locate import found_in, watched
     from parity.mutants import inject
     from parity.mutants.gate import changed, quiet
@@ -223,7 +222,7 @@ def _one(gate: Any, mutant: Mutant, library: bool, answers: Mapping[str, str]) -
     told = mutant.id, mutant.side, mutant.check, mutant.what
     scope = gate.scope(mutant)
     try:
-        clean, recording = gate._clean(mutant.check, scope)
+        clean, recording = gate.clean_run(mutant.check, scope)
         with inject.injected(mutant.edits):
             with recording.running(mutant.side), watched() as compared:
                 result = checks.load(mutant.check).run(scope, quiet)
@@ -237,9 +236,8 @@ def _one(gate: Any, mutant: Mutant, library: bool, answers: Mapping[str, str]) -
                     again = found_in(compared, rows, model=True)
                 more = "" if again is None else _named(again.diagnosis)
     except Exception as error:  # its own symptom may be an exception; what is not seen is not placed
-        if not isinstance(error, (CannotLook, ValueError, RuntimeError, AssertionError)):
-            raise
-        return Attributed(*told, seen=False, words=str(error)[:200], seconds=time.perf_counter() - started)
+        words = f"{type(error).__name__}: {error}"[:200]
+        return Attributed(*told, seen=False, words=words, seconds=time.perf_counter() - started)
     if found is None:
         return Attributed(*told, seen=False, words=result.error or "", seconds=time.perf_counter() - started)
     place = found.place.removeprefix("tap ")

@@ -112,7 +112,7 @@ class Gate:
         scope = self.scope(mutant)
         status, words, rows, z, located, seen = "error", "", [], None, "", {}
         try:
-            clean, recording = self._clean(mutant.check, scope)
+            clean, recording = self.clean_run(mutant.check, scope)
             self.familiar.prepare(mutant, scope)
             with inject.injected(mutant.edits) as injection:
                 result, words = self._look(mutant, scope, recording)
@@ -139,7 +139,7 @@ class Gate:
             attributed, time.perf_counter() - started, seen, words, concerned(mutant),
         )  # fmt: skip
 
-    def _clean(self, check: str, scope: Scope) -> tuple[CheckResult, Recording]:
+    def clean_run(self, check: str, scope: Scope) -> tuple[CheckResult, Recording]:
         if (check, scope) not in self.clean:
             recording = Recording()
             inject.forget()

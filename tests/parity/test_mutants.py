@@ -255,7 +255,7 @@ def test_a_clean_run_after_a_kill_agrees(gate: gates.Gate) -> None:
     for name in ("norm-eps-torch", "norm-eps-jax"):
         assert gate(named(name)).status == "killed"
     fresh = gates.Gate("fast")
-    clean, _ = fresh._clean("logits", fresh.scope(named("norm-eps-jax")))
+    clean, _ = fresh.clean_run("logits", fresh.scope(named("norm-eps-jax")))
     assert not [row.name for row in clean.rows if gates.bad(row)]
 
 
