@@ -173,7 +173,8 @@ def test_third_parties_stand_beside_adamw_and_decide_nothing(run: RunResult) -> 
 def test_the_layers_alone_are_covered(run: RunResult) -> None:
     rows = {row.name: row for row in check_of(run, "logits").rows if row.regime == "layers alone"}
     assert set(rows) == {
-        "ids out of range (jax)", "ids out of range (torch)", "RMSNorm rounds once", "cos in float32", "sin in float32",
+        "ids out of range (jax)", "ids out of range (torch)", "targets out of range (jax)", "targets of int32 (torch)",
+        "RMSNorm rounds once", "cos in float32", "sin in float32",
     }  # fmt: skip
     tied = [row for row in check_of(run, "logits").rows if row.name == "tied experts"]
     assert {row.config for row in tied} == {name for name in CONFIGS if configuration(name).use_moe}
